@@ -1,0 +1,131 @@
+"""Scenes to packed tensors: one training step's batch, a pure function of (seed, step) (paper § 3.2.3, § 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lct.data.latents import patchify
+from lct.data.scenes import SceneSample, ShotSample, shot_prompt
+from lct.layout import GLOBAL_VIDEO, SceneLayout, Shot
+
+Tokenize = Callable[[str], list[int]]
+
+
+class Dataset(Protocol):
+    """Scenes, drawn by kind: "single", "cut" or "no_cut"."""
+
+    def sample(self, kind: str, rng: np.random.Generator) -> SceneSample: ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Scenes as rows: what a model needs beside noise and times.
+
+    layout   every shot of every scene, global prompts included
+    latents  fp32 [S_video, patch channels], clean; zero for the dummy video of global prompts
+    ids      int64 [S_text], token ids; places int64 [S_text], where in its prompt each stands
+    """
+
+    layout: SceneLayout
+    latents: Tensor
+    ids: Tensor
+    places: Tensor
+
+    @property
+    def is_shot(self) -> Tensor:
+        """bool [N], False for global prompts, which are never sampled and have no loss."""
+        return torch.tensor([shot.role == "shot" for shot in self.layout.shots])
+
+
+@dataclass(frozen=True)
+class Batch(Packed):
+    """`Packed`, with the draws of one training step: normal [N] for the times, noise [S_video, patch channels]."""
+
+    normal: Tensor
+    noise: Tensor
+
+
+def pack(samples: list[SceneSample], tokenize: Tokenize, patch: tuple[int, int, int], visibility: str) -> Packed:
+    """Pack scenes without padding. ValueError where a size is no multiple of the patch."""
+    channels = samples[0].shots[0].latents.shape[-1] * int(np.prod(patch))
+    scenes, latents, prompts = [], [], []
+    for sample in samples:
+        scene = []
+        if sample.global_prompt is not None:
+            ids = tokenize(sample.global_prompt)
+            scene.append(Shot(len(ids), GLOBAL_VIDEO, "global"))
+            prompts.append(ids)
+            latents.append(torch.zeros(1, channels))
+        for shot in sample.shots:
+            ids = tokenize(shot_prompt(shot.prompt, shot.cut))
+            size = tuple(n // p for n, p in zip(shot.latents.shape, patch, strict=False))
+            scene.append(Shot(len(ids), size))  # type: ignore[arg-type]
+            prompts.append(ids)
+            latents.append(patchify(torch.from_numpy(shot.latents), patch))
+        scenes.append(scene)
+    return Packed(SceneLayout(scenes, visibility), torch.cat(latents), *pack_tokens(prompts))
+
+
+def pack_tokens(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(ids, places) int64 [S_text]: tokens of prompts one behind the other, and where in its prompt each stands."""
+    ids = [token for prompt in prompts for token in prompt]
+    places = [place for prompt in prompts for place in range(len(prompt))]
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
+
+
+def draw_batch(
+    dataset: Dataset,
+    tokenize: Tokenize,
+    patch: tuple[int, int, int],
+    visibility: str,
+    mixture: dict[str, float],
+    image_probability: float,
+    drop_probability: float,
+    scenes: int,
+    seed: int,
+    step: int,
+) -> Batch:
+    """The batch of one step. Every scene, substitution, dropped prompt, time and noise of slot i depends on
+    (seed, step, i) alone: no loader state, any number of workers.
+
+    mixture  shares of the kinds of scene
+    """
+    kinds, shares = list(mixture), np.array(list(mixture.values()))
+    rngs = [np.random.default_rng([seed, step, slot]) for slot in range(scenes)]
+    samples = []
+    for rng in rngs:
+        sample = dataset.sample(kinds[rng.choice(len(kinds), p=shares / shares.sum())], rng)
+        samples.append(_dropped(_substituted(sample, image_probability, rng), drop_probability, rng))
+    packed = pack(samples, tokenize, patch, visibility)
+    normal, noise = [], []
+    for rng, scene in zip(rngs, packed.layout.scenes, strict=True):
+        normal.append(rng.standard_normal(len(scene), np.float32))
+        rows = sum(shot.video_rows for shot in scene)
+        noise.append(rng.standard_normal((rows, packed.latents.shape[1]), np.float32))
+    draws = torch.from_numpy(np.concatenate(normal)), torch.from_numpy(np.concatenate(noise))
+    return Batch(packed.layout, packed.latents, packed.ids, packed.places, *draws)
+
+
+def _substituted(sample: SceneSample, probability: float, rng: np.random.Generator) -> SceneSample:
+    """Some shots replaced by one of their frames, encoded as an image (§ 3.4)."""
+
+    def shot(s: ShotSample) -> ShotSample:
+        if rng.random() >= probability or not len(s.images):
+            return s
+        return replace(s, latents=s.images[rng.integers(len(s.images))][None])
+
+    return replace(sample, shots=tuple(shot(s) for s in sample.shots))
+
+
+def _dropped(sample: SceneSample, probability: float, rng: np.random.Generator) -> SceneSample:
+    """Some prompts replaced by the null prompt, mark and all: each shot's and the global one on their own."""
+    keep = rng.random(1 + len(sample.shots)) >= probability
+    shots = tuple(s if k else replace(s, prompt="", cut=False) for s, k in zip(sample.shots, keep[1:], strict=True))
+    scene_prompt = sample.global_prompt if keep[0] or sample.global_prompt is None else ""
+    return replace(sample, global_prompt=scene_prompt, shots=shots)

@@ -1,0 +1,98 @@
+"""Frames to latents and back, and latents to rows of patches and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class PixelCodec:
+    """A codec without weights that stands where a video VAE will: latents are frames shrunk `stride` times.
+
+    channels     C of the latents
+    stride       pixels of a frame per latent pixel, along height and along width
+    time_stride  frames per latent frame
+    """
+
+    stride: int
+    channels: ClassVar[int] = 3
+    time_stride: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ValueError(f"stride: expected a positive number of pixels, got {self.stride}; use for example 8")
+
+    @property
+    def name(self) -> str:
+        """What a scene file calls latents of this codec."""
+        return f"pixel/{self.stride}"
+
+    def encode(self, frames: np.ndarray | Tensor) -> Tensor:
+        """Mean over squares of `stride` pixels, scaled to [-1, 1]: uint8 [T, H, W, 3] -> float32 [T, H/stride, W/stride, 3].
+
+        Raises ValueError for another dtype or shape and for sizes that `stride` does not divide.
+        """
+        frames = torch.as_tensor(frames)
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise ValueError(
+                f"frames: expected uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}; scale to 0..255 first"
+            )
+        if frames.shape[1] % self.stride or frames.shape[2] % self.stride:
+            raise ValueError(
+                f"frames: expected height and width that {self.stride} divides, got {list(frames.shape[1:3])}; "
+                "crop or resize them"
+            )
+        means = F.avg_pool2d(frames.permute(0, 3, 1, 2).float(), self.stride)
+        return (means / 127.5 - 1).permute(0, 2, 3, 1).contiguous()
+
+    def encode_image(self, frame: np.ndarray | Tensor) -> Tensor:
+        """Encode one frame as an image, on its own: uint8 [H, W, 3] -> float32 [H/stride, W/stride, 3]."""
+        return self.encode(torch.as_tensor(frame)[None])[0]
+
+    def decode(self, latents: np.ndarray | Tensor) -> Tensor:
+        """Enlarge bicubically and clamp: float [T, H, W, 3] in [-1, 1] -> uint8 [T, H·stride, W·stride, 3]."""
+        latents = torch.as_tensor(latents)
+        if latents.ndim != 4 or latents.shape[-1] != self.channels:
+            raise ValueError(f"latents: expected [T, H, W, {self.channels}], got {list(latents.shape)}; unpatchify first")
+        channels_first = latents.permute(0, 3, 1, 2).float()
+        enlarged = F.interpolate(channels_first, scale_factor=float(self.stride), mode="bicubic", align_corners=False)
+        return ((enlarged.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Cut latents into one row per patch, in the order frame, height, width.
+
+    latents [T, H, W, C] in latent pixels, any dtype and device; patch (pt, ph, pw) in latent pixels.
+    Returns [T/pt · H/ph · W/pw, pt·ph·pw·C]; inside a row the order is frame, height, width, channel. Differentiable.
+    Raises ValueError where the patch does not divide the sizes.
+    """
+    if latents.ndim != 4 or any(size % edge for size, edge in zip(latents.shape, patch, strict=False)):
+        raise ValueError(
+            f"latents: expected [T, H, W, C] with T, H, W that the patch {tuple(patch)} divides, got "
+            f"{list(latents.shape)}; trim them or choose another patch"
+        )
+    (pt, ph, pw), (T, H, W, C) = patch, latents.shape
+    grid = latents.reshape(T // pt, pt, H // ph, ph, W // pw, pw, C)
+    return grid.permute(0, 2, 4, 1, 3, 5, 6).reshape(-1, pt * ph * pw * C)
+
+
+def unpatchify(rows: Tensor, video: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """The exact inverse of `patchify`.
+
+    rows [T·H·W, pt·ph·pw·C]; video (T, H, W) in patches; patch (pt, ph, pw) in latent pixels.
+    Returns [T·pt, H·ph, W·pw, C]. Raises ValueError where the rows do not fit the video and the patch.
+    """
+    (T, H, W), (pt, ph, pw) = video, patch
+    if rows.ndim != 2 or rows.shape[0] != T * H * W or rows.shape[1] % (pt * ph * pw):
+        raise ValueError(
+            f"rows: expected [{T * H * W}, a multiple of {pt * ph * pw}] for video {tuple(video)} in patches of "
+            f"{tuple(patch)}, got {list(rows.shape)}; pass the sizes in patches that patchify cut"
+        )
+    grid = rows.reshape(T, H, W, pt, ph, pw, -1)
+    return grid.permute(0, 3, 1, 4, 2, 5, 6).reshape(T * pt, H * ph, W * pw, -1)

@@ -1,0 +1,217 @@
+"""Read from pixels what a toy shot shows, and score generated shots against the truth.
+
+Meant for generated frames too: blurry, noisy, values beyond [0, 1]. Nothing is assumed of the text.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from lct.data.toy import (
+    ESTABLISHING,
+    LIGHTS,
+    MOTIONS,
+    PLACES,
+    RADIUS,
+    SHAPES,
+    TEXTURES,
+    ToyTruth,
+    coverage,
+    paint,
+    place_pattern,
+    sky_rows,
+    unit,
+)
+
+# A character stands out from its background by at least 0.55 in RGB distance; noise of 0.05 by less than 0.2.
+VISIBLE = 0.3
+# A character's colour is read from the pixels within this part of its radius.
+CORE = 0.6
+# How far below its centre a shape's centroid lies, in radii.
+CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0}
+
+
+@dataclass(frozen=True)
+class ShotReading:
+    """What a shot shows. Where no character is visible, its colour, shape, texture and motion are None;
+    motion also if T = 1.
+
+    character_rgb, background_rgb  float [3] in [0, 1]
+    """
+
+    visible: bool
+    character_rgb: np.ndarray | None
+    shape: str | None
+    texture: str | None
+    motion: str | None
+    framing: str
+    light: str
+    place: str
+    background_rgb: np.ndarray
+
+
+def read_shot(frames: np.ndarray) -> ShotReading:
+    """Read a shot from its pixels.
+
+    frames  [T, H, W, 3] in [0, 1]; values outside are clipped
+    """
+    frames = np.clip(np.asarray(frames, np.float32), 0, 1)
+    _, height, width, _ = frames.shape
+    luminance = frames[:, : sky_rows(height)].mean()
+    light = min(LIGHTS, key=lambda name: abs(LIGHTS[name] - luminance))
+
+    # The row below the sky is left out: a soft horizon is no character.
+    top = sky_rows(height) + 1
+    ground = frames[:, top:]
+    border = np.ones((height - top, width), bool)
+    border[:-1, 1:-1] = False
+    place, rgb = _background(ground, np.broadcast_to(border, ground.shape[:3]), top, height)
+    if _strength(_distance(ground, place, rgb, top, height)) >= VISIBLE:
+        # The border alone sees little of a place's pattern: look again at everything but the character.
+        distance = _distance(ground, place, rgb, top, height)
+        empty = distance < 0.4 * _strength(distance)
+    else:
+        empty = np.ones(ground.shape[:3], bool)
+    place, rgb = _background(ground, empty, top, height)
+
+    distance = _distance(ground, place, rgb, top, height)
+    strength = _strength(distance)
+    if strength < VISIBLE:
+        return ShotReading(False, None, None, None, None, ESTABLISHING, light, place, rgb)
+    centroids = _centroids(np.clip((distance / strength - 0.25) / 0.5, 0, 1))
+    empty_ground = rgb + place_pattern(place, height, width)[top:, :, None]
+    framing, shape, texture, colour = _fit(ground, empty_ground, centroids, unit(height, width))
+    return ShotReading(True, colour, shape, texture, _motion(centroids), framing, light, place, rgb)
+
+
+def _background(ground: np.ndarray, where: np.ndarray, top: int, height: int) -> tuple[str, np.ndarray]:
+    """The place whose pattern explains the pixels `where` [T, h, W] best, and the colour beneath the pattern [3]."""
+    best = None
+    for place in PLACES:
+        pattern = place_pattern(place, height, ground.shape[2])[top:]
+        plain = (ground - pattern[..., None])[where]
+        rgb = np.median(plain, axis=0)
+        misfit = np.abs(plain - rgb).mean()
+        if best is None or misfit < best[0]:
+            best = misfit, place, rgb
+    return best[1], best[2]
+
+
+def _distance(ground: np.ndarray, place: str, rgb: np.ndarray, top: int, height: int) -> np.ndarray:
+    """RGB distance of every pixel from the background; [T, h, W]."""
+    pattern = place_pattern(place, height, ground.shape[2])[top:]
+    return np.linalg.norm(ground - pattern[..., None] - rgb, axis=-1)
+
+
+def _strength(distance: np.ndarray) -> float:
+    """How far the most distinct pixels stand out from the background: the mean of the top six of each frame."""
+    flat = distance.reshape(len(distance), -1)
+    return float(np.partition(flat, -6, axis=1)[:, -6:].mean())
+
+
+def _centroids(cover: np.ndarray) -> np.ndarray:
+    """Centroid (y, x) of each frame, in pixels from the corner of the free area; [T, 2]."""
+    mass = cover.sum((1, 2)) + 1e-6
+    y = (cover.sum(2) * (np.arange(cover.shape[1]) + 0.5)).sum(1) / mass
+    x = (cover.sum(1) * (np.arange(cover.shape[2]) + 0.5)).sum(1) / mass
+    return np.stack([y, x], axis=1)
+
+
+def _motion(centroids: np.ndarray) -> str | None:
+    if len(centroids) < 2:
+        return None
+    moved = centroids[-1] - centroids[0]
+    return max(MOTIONS, key=lambda name: float(moved @ np.asarray(MOTIONS[name])))
+
+
+def _fit(ground: np.ndarray, empty: np.ndarray, centroids: np.ndarray, pixels: float):
+    """Framing, shape, texture and colour [3] of the template, sharp or soft, that explains the pixels best.
+
+    ground     [T, h, W, 3]
+    empty      [h, W, 3], the background
+    centroids  [T, 2]
+    pixels     of this frame size to one of a 16 x 16 frame
+    """
+    best = None
+    for (framing, size), shape, soft in product(RADIUS.items(), SHAPES, (False, True)):
+        centres = centroids - [CENTROIDS[shape] * size * pixels, 0]
+        cover, stripe = coverage(shape, centres, size * pixels, *ground.shape[1:3])
+        if soft:
+            cover, stripe = _soften(cover), _soften(stripe)
+        painted = ground - empty * (1 - cover)[..., None]
+        for texture in TEXTURES:
+            shown = paint(cover, stripe, texture)
+            misfit = np.square(painted - shown[..., None] * _colour(painted, shown, shown)).sum()
+            if best is None or misfit < best[0]:
+                # Edges are where generated frames are least sure, so the colour is taken from the pixels well inside.
+                inner, _ = coverage(shape, centres, CORE * size * pixels, *ground.shape[1:3])
+                best = misfit, framing, shape, texture, _colour(painted, shown, shown * inner)
+    return best[1:]
+
+
+def _soften(cover: np.ndarray) -> np.ndarray:
+    """Blur [T, h, W] over three pixels in y and x, as generated frames often are."""
+    padded = np.pad(cover, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    return (rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 16
+
+
+def _colour(painted: np.ndarray, shown: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The colour c [3] for which shown·c [T, h, W] is nearest to painted [T, h, W, 3], in weighted least squares."""
+    return np.einsum("thw,thwc->c", weight, painted) / (weight * shown).sum()
+
+
+def colour_error(a: np.ndarray, b: np.ndarray) -> float:
+    """Euclidean distance of two colours [3] in RGB: 0 for the same, about 0.85 for two random characters."""
+    return float(np.linalg.norm(np.asarray(a, float) - np.asarray(b, float)))
+
+
+def hue(rgb: np.ndarray) -> float:
+    """Hue of a colour [3], in [0, 1)."""
+    return colorsys.rgb_to_hsv(*(float(c) for c in rgb))[0]
+
+
+def hue_spread(rgbs: Sequence[np.ndarray]) -> float:
+    """1 − |mean of exp(2πi·hue)|: 0 where all hues are the same (collapse), near 1 where they fill the circle."""
+    return 1 - float(np.abs(np.exp(2j * np.pi * np.array([hue(rgb) for rgb in rgbs])).mean()))
+
+
+def score_shots(shots: Sequence[np.ndarray], truth: ToyTruth) -> list[dict[str, float]]:
+    """Compare shots (frames [T, H, W, 3] in [0, 1]) with what they ought to show, one dict per shot.
+
+    colour_error, background_error  RGB distances to the truth; a missing character counts with the background's colour
+    visible, shape, texture, motion, light, framing, place  1.0 where right, else 0.0
+    NaN where the truth defines none: colour, shape, texture and motion of an establishing shot, motion where T = 1.
+    """
+    if len(shots) > len(truth.shots):
+        raise ValueError(f"shots: expected at most {len(truth.shots)}, as in the truth, got {len(shots)}")
+    return [_score(frames, truth, i) for i, frames in enumerate(shots)]
+
+
+def _score(frames: np.ndarray, truth: ToyTruth, index: int) -> dict[str, float]:
+    want, got = truth.shots[index], read_shot(frames)
+    scores = {
+        "background_error": colour_error(got.background_rgb, truth.background_rgb),
+        "visible": float(got.visible == (want.who is not None)),
+        "light": float(got.light == truth.light),
+        "framing": float(got.framing == want.framing),
+        "place": float(got.place == want.place),
+        "colour_error": np.nan,
+        "shape": np.nan,
+        "texture": np.nan,
+        "motion": np.nan,
+    }
+    if want.who is not None:
+        who = truth.characters[want.who]
+        seen = got.character_rgb if got.character_rgb is not None else got.background_rgb
+        scores["colour_error"] = colour_error(seen, who.rgb)
+        scores["shape"] = float(got.shape == who.shape)
+        scores["texture"] = float(got.texture == who.texture)
+        if len(frames) > 1:
+            scores["motion"] = float(got.motion == want.motion)
+    return scores

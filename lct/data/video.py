@@ -1,0 +1,191 @@
+"""Video files to frames and back, with PyAV. Files come from strangers: only known containers, with limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lct.data.atomic import new_file
+
+# The suffix forces the demuxer: left to guess, FFmpeg opens a text file that names another file as a playlist.
+CONTAINERS = {
+    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".avi": "avi", ".ts": "mpegts",
+}  # fmt: skip
+MAX_PIXELS = 4096 * 2304
+MAX_BYTES = 2 << 30
+
+Resize = Callable[[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Film:
+    """frames uint8 [N, H, W, 3] in RGB, taken as evenly spaced, `fps` of them in a second."""
+
+    frames: np.ndarray
+    fps: float
+
+
+def read_video(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, max_frames: int | None = None, resize: Resize | None = None
+) -> Film:
+    """Decode the first video stream of a file whole.
+
+    max_pixels  the largest frame accepted; the decoder refuses it before it allocates
+    max_frames  the longest film accepted; by default as many frames as 2 GiB hold
+    resize      maps the film's (height, width) to the size wanted, applied while decoding; the film's own by default
+
+    Raises FileNotFoundError for a missing file; ValueError for an unknown suffix, a file that is not what its suffix
+    says, a frame or film over the limits, and a file that is empty, damaged or shorter than its container declares
+    (mpegts declares no length, so a truncated one cannot be told).
+    """
+    with _opened(path, max_pixels) as (container, stream):
+        frames: list[np.ndarray] = []
+        limit = max_frames
+        for frame in _pictures(path, container, stream, resize):
+            limit = max(MAX_BYTES // frame.nbytes, 1) if limit is None else limit
+            if len(frames) == limit:
+                raise ValueError(
+                    f"{path}: expected at most {limit} frames of {frame.shape[1]}x{frame.shape[0]}, got more; "
+                    "split the film or raise max_frames"
+                )
+            frames.append(frame)
+        return Film(np.stack(frames), float(_rate(path, stream)))
+
+
+def iterate_video(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, resize: Resize | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the frames of `read_video` one by one, uint8 [H, W, 3], for films that memory does not hold."""
+    with _opened(path, max_pixels) as (container, stream):
+        yield from _pictures(path, container, stream, resize)
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Write uint8 [N, H, W, 3] RGB frames as an H.264 mp4; an odd height or width is padded by its last row or column.
+
+    Raises ValueError for another suffix, dtype or shape, for no frames and for fps <= 0; the file appears whole or not
+    at all and replaces an older one.
+    """
+    frames = np.asarray(frames)
+    if Path(path).suffix.lower() != ".mp4":
+        raise ValueError(f"{path}: expected a name that ends in .mp4, got {Path(path).suffix!r}; rename it")
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(
+            f"frames: expected uint8 [N, H, W, 3] with nothing empty, got {frames.dtype} {list(frames.shape)}; "
+            "decode latents with PixelCodec.decode"
+        )
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps: expected a positive number of frames per second, got {fps}; use for example 8.0")
+    av = _av()
+    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], mode="edge")
+    with new_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        # 30000/1001 and its like survive the trip through a float
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("av: expected PyAV to read and write video files; pip install -e '.[video]'") from error
+    return av
+
+
+@contextmanager
+def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream; FFmpeg's errors leave as one-line ValueErrors that name the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a video file, found {'a folder' if path.is_dir() else 'nothing'}")
+    if path.suffix.lower() not in CONTAINERS:
+        raise ValueError(f"{path}: expected one of {' '.join(CONTAINERS)}, got {path.suffix!r}; convert it to mp4")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: expected a video, got an empty file (0 bytes); fetch it again")
+    av = _av()
+    try:
+        # resolve(): a relative name such as "http:x.mp4" would be taken for an address
+        name, form = str(path.resolve()), CONTAINERS[path.suffix.lower()]
+        with av.open(name, format=form, options={"protocol_whitelist": "file"}) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: expected a video stream, got none; is this an audio file?")
+            stream = container.streams.video[0]
+            _check_pixels(path, stream.codec_context, max_pixels)
+            stream.codec_context.options = {"max_pixels": str(max_pixels)}
+            yield container, stream
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{path}: expected a whole {path.suffix} file, got one that is damaged, truncated or something else "
+            f"({error.strerror}); fetch or convert it again"
+        ) from error
+
+
+def _check_pixels(path: str | Path, picture: Any, max_pixels: int) -> None:
+    if picture.width * picture.height > max_pixels:
+        raise ValueError(
+            f"{path}: expected frames of at most {max_pixels} pixels, got {picture.width}x{picture.height}; "
+            "scale the film down or raise max_pixels"
+        )
+
+
+def _rate(path: str | Path, stream: Any) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise ValueError(f"{path}: expected a frame rate, got none; convert the film to mp4")
+    return rate
+
+
+def _pictures(path: str | Path, container: Any, stream: Any, resize: Resize | None) -> Iterator[np.ndarray]:
+    """Decode upright RGB frames of one size; ValueError where there are none, or fewer than the container declares."""
+    first, count, end = None, 0, 0.0
+    for frame in container.decode(stream):
+        # the display matrix of a phone's film turns its frames by a multiple of 90 degrees
+        turns = round(frame.rotation / 90) % 4
+        if first is None:
+            first, start = (frame.width, frame.height, turns), frame.time or 0.0
+        if (frame.width, frame.height, turns) != first:
+            raise ValueError(
+                f"{path}: expected all frames {first[0]}x{first[1]}, got {frame.width}x{frame.height} at frame "
+                f"{count}; convert the film to one size"
+            )
+        count += 1
+        end = (frame.time or 0.0) - start + float((frame.duration or 0) * frame.time_base)
+        yield _upright(frame, turns, resize)
+    declared = _declared_seconds(container, stream)
+    if count == 0 or end < declared - max(2 / _rate(path, stream), 0.01 * declared):
+        raise ValueError(
+            f"{path}: expected the {declared:.2f} s that the container declares, got {count} frames, {end:.2f} s; "
+            "the file is truncated or damaged, fetch it again"
+        )
+
+
+def _upright(frame: Any, turns: int, resize: Resize | None) -> np.ndarray:
+    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+    height, width = resize(height, width) if resize else (height, width)
+    if turns % 2:
+        height, width = width, height
+    picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+    return np.ascontiguousarray(np.rot90(picture, turns))
+
+
+def _declared_seconds(container: Any, stream: Any) -> float:
+    """The stream's length as its header has it, which a truncation leaves as it was; 0 where none is written."""
+    if stream.frames and container.format.name == "avi":
+        return float(stream.frames / stream.average_rate)
+    if "DURATION" in stream.metadata:  # Matroska's tag, such as 00:00:01.600000000
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if container.duration and len(container.streams) == 1:
+        return container.duration / 1e6
+    return 0.0

@@ -1,0 +1,223 @@
+"""QK-norm, 3D RoPE and the way into joint order or into the KV cache: one operation between QKV projection and attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lct.kernels import reference
+from lct.layout import Streams
+
+Weights = tuple[Tensor, Tensor]  # (q, k) norm weights of one stream
+
+
+@dataclass(frozen=True)
+class NormRope:
+    """What differs from model to model.
+
+    heads     A query heads; the rest of a QKV row are A_kv key heads and A_kv value heads
+    axes      channels rotated by (t, y, x); even, their sum at most D, channels beyond it pass through
+    theta     RoPE base; pair m of an axis with d channels turns by position · theta^(−2m/d)
+    eps       of the RMS norm
+    scope     "head": RMS over D, weights [D]; "row": RMS over all heads of a row (Wan), weights [A·D], [A_kv·D]
+    """
+
+    heads: int
+    axes: tuple[int, int, int]
+    theta: float = 10_000.0
+    eps: float = 1e-6
+    scope: str = "head"
+
+    def __post_init__(self):
+        if self.scope not in ("head", "row"):
+            raise ValueError(f"scope: expected 'head' or 'row', got {self.scope!r}")
+        if len(self.axes) != 3 or any(d < 0 or d % 2 for d in self.axes):
+            raise ValueError(f"axes: expected three even channel counts (t, y, x), got {self.axes}")
+
+
+_ARGUMENTS = (
+    "Tensor text_qkv, Tensor video_qkv, Tensor text_q_norm, Tensor text_k_norm, Tensor video_q_norm, Tensor video_k_norm, "
+    "Tensor text_rows, Tensor video_rows, Tensor positions"
+)
+_OPTIONS = "int heads, int[] axes, float theta, float eps, str scope"
+
+torch.library.define("lct::norm_rope_join", f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "lct::norm_rope_join_backward",
+    f"(Tensor dq, Tensor dk, Tensor dv, {_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "lct::norm_rope_append_", f"({_ARGUMENTS}, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, {_OPTIONS}) -> Tensor"
+)
+
+
+@torch.library.impl("lct::norm_rope_join", "default")
+def _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, heads, axes, theta, eps, scope):
+    rows, (kv_heads, dim) = len(text_rows) + len(video_rows), _kv(video_qkv, heads)
+    q = video_qkv.new_empty(rows, heads, dim)
+    k, v = (video_qkv.new_empty(rows, kv_heads, dim) for _ in range(2))
+    turns = reference.rope_turns(positions, axes, theta, q.dtype)
+    for qkv, weights, at in ((text_qkv, (tqn, tkn), text_rows), (video_qkv, (vqn, vkn), video_rows)):
+        parts = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        for out, x, weight in zip((q, k), parts, weights, strict=False):
+            out[at] = reference.rotate(reference.rms_norm(x, weight, eps, scope), turns[at])
+        v[at] = parts[2]
+    return q, k, v
+
+
+@torch.library.impl("lct::norm_rope_join_backward", "default")
+def _join_backward(
+    dq, dk, dv, text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, heads, axes, theta, eps, scope
+):
+    turns = reference.rope_turns(positions, axes, theta, dq.dtype).conj().resolve_conj()
+    kv_heads, _ = _kv(video_qkv, heads)
+    d_qkv, d_weights = [], []
+    for qkv, weights, at in ((text_qkv, (tqn, tkn), text_rows), (video_qkv, (vqn, vkn), video_rows)):
+        d_stream = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        parts, d_parts = (x.split((heads, kv_heads, kv_heads), dim=1) for x in (qkv, d_stream))
+        for x, d_x, weight, gradient in zip(parts, d_parts, weights, (dq, dk), strict=False):
+            d_normed = reference.rotate(gradient[at], turns[at])
+            d_input, d_weight = _rms_norm_backward(d_normed, x, weight, eps, scope)
+            d_x.copy_(d_input)
+            d_weights.append(d_weight)
+        d_parts[2].copy_(dv[at])
+        d_qkv.append(d_stream)
+    return *d_qkv, *d_weights
+
+
+@torch.library.impl("lct::norm_rope_append_", "default")
+def _append(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, *options):
+    q, k, v = _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, *options)
+    k_cache[slots] = k
+    v_cache[slots] = v
+    return q
+
+
+@torch.library.register_fake("lct::norm_rope_join")
+def _join_fake(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, heads, *options):
+    rows, (kv_heads, dim) = text_qkv.shape[0] + video_qkv.shape[0], _kv(video_qkv, heads)
+    k, v = (video_qkv.new_empty(rows, kv_heads, dim) for _ in range(2))
+    return video_qkv.new_empty(rows, heads, dim), k, v
+
+
+@torch.library.register_fake("lct::norm_rope_join_backward")
+def _join_backward_fake(dq, dk, dv, text_qkv, video_qkv, tqn, tkn, vqn, vkn, *rest):
+    return tuple(x.new_empty(x.shape) for x in (text_qkv, video_qkv, tqn, tkn, vqn, vkn))
+
+
+@torch.library.register_fake("lct::norm_rope_append_")
+def _append_fake(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, heads, *o):
+    return video_qkv.new_empty(text_qkv.shape[0] + video_qkv.shape[0], heads, video_qkv.shape[-1])
+
+
+def _kv(qkv: Tensor, heads: int) -> tuple[int, int]:
+    """(A_kv, D) of a QKV tensor [R, A + 2·A_kv, D]."""
+    return (qkv.shape[1] - heads) // 2, qkv.shape[2]
+
+
+def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, scope: str) -> tuple[Tensor, Tensor]:
+    """With y = x·r·w, r = 1/rms: dx = r (g − x̂ · mean(g·x̂)), g = dy·w, x̂ = x·r; dw = Σ dy·x̂."""
+    wide = x.to(reference.statistics_dtype(x.dtype))
+    inverse = reference.inverse_rms(wide, eps, scope)
+    normed, dy = wide * inverse, dy.to(wide.dtype)
+    g = dy * reference.norm_weight(weight, x, scope)
+    dims = (-1,) if scope == "head" else (-2, -1)
+    dx = inverse * (g - normed * (g * normed).mean(dims, keepdim=True))
+    d_weight = (dy * normed).sum((0, 1) if scope == "head" else 0)
+    return dx.to(x.dtype), d_weight.reshape(weight.shape).to(weight.dtype)
+
+
+class _NormRopeJoin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, *options):
+        tensors = (text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions)
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
+        return torch.ops.lct.norm_rope_join(*tensors, *options)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        grads = torch.ops.lct.norm_rope_join_backward(dq, dk, dv, *ctx.saved_tensors, *ctx.options)
+        return *grads, None, None, None, None, None, None, None, None
+
+
+def norm_rope_join(
+    text_qkv: Tensor,
+    video_qkv: Tensor,
+    text_norm: Weights,
+    video_norm: Weights,
+    streams: Streams,
+    positions: Tensor,
+    spec: NormRope,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k = RoPE(RMSNorm(·)), v unchanged; the two streams in, joint order out (§ 3.2.2, Fig. 3).
+
+    text_qkv, video_qkv    [S_text, A + 2·A_kv, D], [S_video, A + 2·A_kv, D]: query, key, value heads of each row
+    text_norm, video_norm  (q, k) weights of each stream, fp32; [D] each, or [A·D] and [A_kv·D] with scope "row"
+    streams                joint row of every stream row
+    positions              float32 [S, 3], (t, y, x) of every joint row; text at (0, 0, 0) is left unrotated
+    spec                   heads, axes, theta, eps, scope
+
+    Returns q [S, A, D], k and v [S, A_kv, D], new tensors. Differentiable in QKV and norm weights; deterministic.
+    Norm statistics and rotation run in fp32 (fp64 for fp64). Raises ValueError or TypeError where shapes disagree.
+    Defined by `reference.rms_norm`, `reference.rotate`.
+    """
+    tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
+    return _NormRopeJoin.apply(*tensors, *options)
+
+
+def norm_rope_append_(
+    text_qkv: Tensor,
+    video_qkv: Tensor,
+    text_norm: Weights,
+    video_norm: Weights,
+    streams: Streams,
+    positions: Tensor,
+    spec: NormRope,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """The same as `norm_rope_join`, with keys and values written into cache rows; returns q [S, A, D]. Inference only.
+
+    slots             int64 [S], the cache row of each joint row
+    k_cache, v_cache  [B·capacity, A_kv, D], changed in place; rows not in `slots` keep their bytes
+    """
+    tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
+    kv = _kv(video_qkv, spec.heads)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.ndim != 3 or tuple(cache.shape[1:]) != kv:
+            raise ValueError(f"{name}: expected [rows, {kv[0]}, {kv[1]}], got {tuple(cache.shape)}")
+        if cache.dtype != video_qkv.dtype or cache.device != video_qkv.device:
+            raise TypeError(f"{name}: expected {video_qkv.dtype} on {video_qkv.device}, got {cache.dtype} on {cache.device}")
+    if slots.shape != (len(positions),) or slots.dtype != torch.int64:
+        raise ValueError(f"slots: expected int64 [{len(positions)}], got {slots.dtype} {list(slots.shape)}")
+    return torch.ops.lct.norm_rope_append_(*tensors, slots, k_cache, v_cache, *options)
+
+
+def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec):
+    for name, qkv, at in (("text_qkv", text_qkv, streams.text_rows), ("video_qkv", video_qkv, streams.video_rows)):
+        if qkv.ndim != 3 or qkv.shape[1] <= spec.heads or (qkv.shape[1] - spec.heads) % 2:
+            raise ValueError(f"{name}: expected [rows, {spec.heads} + 2·kv_heads, head_dim], got {tuple(qkv.shape)}")
+        if qkv.shape[0] != len(at):
+            raise ValueError(f"{name}: the layout has {len(at)} rows in this stream, got {qkv.shape[0]}")
+    if text_qkv.shape[1:] != video_qkv.shape[1:] or text_qkv.dtype != video_qkv.dtype:
+        raise ValueError(
+            f"text_qkv: expected heads, head_dim and dtype of video_qkv, {tuple(video_qkv.shape[1:])} {video_qkv.dtype}, "
+            f"got {tuple(text_qkv.shape[1:])} {text_qkv.dtype}"
+        )
+    kv_heads, dim = _kv(video_qkv, spec.heads)
+    if sum(spec.axes) > dim:
+        raise ValueError(f"axes: expected a sum of at most head_dim {dim}, got {spec.axes}")
+    sizes = (dim, dim) if spec.scope == "head" else (spec.heads * dim, kv_heads * dim)
+    for stream, weights in (("text_norm", text_norm), ("video_norm", video_norm)):
+        for name, weight, size in zip(("q", "k"), weights, sizes, strict=True):
+            if tuple(weight.shape) != (size,):
+                raise ValueError(f"{stream} {name}: expected [{size}] for scope {spec.scope!r}, got {list(weight.shape)}")
+    rows = text_qkv.shape[0] + video_qkv.shape[0]
+    if tuple(positions.shape) != (rows, 3) or positions.dtype != torch.float32:
+        raise ValueError(f"positions: expected float32 [{rows}, 3], got {positions.dtype} {list(positions.shape)}")
+    tensors = (text_qkv, video_qkv, *text_norm, *video_norm, streams.text_rows, streams.video_rows, positions)
+    return tensors, (spec.heads, list(spec.axes), spec.theta, spec.eps, spec.scope)

@@ -1,0 +1,122 @@
+"""The specification: every operation in plain torch, any dtype, CPU or GPU. Other implementations are judged by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lct.plan import Run
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Softmax statistics, norms and reductions run in fp32, or wider where the input is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scale: float) -> tuple[Tensor, Tensor]:
+    """out = softmax(scale · q kᵀ) v over each run's visible keys, and lse = log Σ exp(scale · q kᵀ).
+
+    q [S, A, D]; k, v [S_kv, A_kv, D], query head a reads key head a // (A / A_kv) -> out [S, A, D], lse [A, S].
+    Rows that see nothing: out 0, lse −inf. Differentiable.
+    """
+    wide = statistics_dtype(q.dtype)
+    outs = [q.new_zeros(0, *q.shape[1:])]
+    lses = [q.new_zeros(q.shape[1], 0, dtype=wide)]
+    for run in runs:
+        rows = q[run.start : run.end]
+        if not run.sees:
+            outs.append(torch.zeros_like(rows))
+            lses.append(q.new_full((q.shape[1], len(rows)), -torch.inf, dtype=wide))
+            continue
+        keys, values = _visible(k, run, q.shape[1]), _visible(v, run, q.shape[1])
+        scores = torch.einsum("sad,tad->ast", rows, keys).to(wide) * scale
+        lse = torch.logsumexp(scores, dim=-1)
+        probabilities = (scores - lse[..., None]).exp()
+        outs.append(torch.einsum("ast,tad->sad", probabilities.to(q.dtype), values))
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def attention_backward(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Sequence[Run], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `attention_forward`, with P = exp(scale · q kᵀ − lse) and δ = Σ_d dout · out − dlse:
+
+    dv = Pᵀ dout, dS = P ∘ (dout vᵀ − δ), dq = scale · dS k, dk = scale · dSᵀ q.
+    """
+    wide = statistics_dtype(q.dtype)
+    delta = torch.einsum("sad,sad->as", dout.to(wide), out.to(wide)) - dlse
+    group = q.shape[1] // k.shape[1]
+    dq = torch.zeros_like(q)
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    for run in runs:
+        if not run.sees:
+            continue
+        rows = slice(run.start, run.end)
+        keys, values = _visible(k, run, q.shape[1]), _visible(v, run, q.shape[1])
+        scores = torch.einsum("sad,tad->ast", q[rows], keys).to(wide) * scale
+        probabilities = (scores - lse[:, rows, None]).exp()
+        dp = torch.einsum("sad,tad->ast", dout[rows], values).to(wide)
+        ds = (probabilities * (dp - delta[:, rows, None]) * scale).to(q.dtype)
+        dq[rows] = torch.einsum("ast,tad->sad", ds, keys)
+        dkeys = torch.einsum("ast,sad->tad", ds, q[rows]).unflatten(1, (-1, group)).sum(2, dtype=wide)
+        dvalues = torch.einsum("ast,sad->tad", probabilities.to(q.dtype), dout[rows]).unflatten(1, (-1, group))
+        _add_visible(dk, run, dkeys)
+        _add_visible(dv, run, dvalues.sum(2, dtype=wide))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _visible(rows: Tensor, run: Run, heads: int) -> Tensor:
+    """The rows a run sees, [T, A, D], each key head repeated for its group of query heads."""
+    seen = torch.cat([rows[start:end] for start, end in run.sees])
+    return seen.repeat_interleave(heads // rows.shape[1], dim=1)
+
+
+def _add_visible(total: Tensor, run: Run, part: Tensor) -> None:
+    at = 0
+    for start, end in run.sees:
+        total[start:end] += part[at : at + end - start]
+        at += end - start
+
+
+# -- norm + RoPE -------------------------------------------------------------------------------------------------------
+
+
+def rope_turns(positions: Tensor, axes: Sequence[int], theta: float, dtype: torch.dtype) -> Tensor:
+    """Unit complex numbers exp(i · pos · theta^(−2m/d)), [S, Σ axes / 2]; axis (t, y, x) with d channels has d/2 pairs m.
+
+    Angles are formed in float64 and then rounded: at position 1e5 a plain fp32 product is off by 1e-3 radians.
+    """
+    exponents = [torch.arange(0, d, 2, dtype=torch.float64, device=positions.device) / d for d in axes]
+    wide = positions.to(torch.float64)
+    angles = torch.cat([wide[:, axis, None] * theta**-e for axis, e in enumerate(exponents)], dim=1)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    return turns.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """x [S, A, D] with the channel pairs (2m, 2m+1) turned by turns [S, P]; channels beyond 2P pass through."""
+    rotated, rest = x[..., : 2 * turns.shape[1]], x[..., 2 * turns.shape[1] :]
+    pairs = torch.view_as_complex(rotated.to(turns.real.dtype).unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, scope: str) -> Tensor:
+    """x / sqrt(mean x² + eps) · weight, over D per head (weight [D]) or over all heads of a row (weight [A·D])."""
+    wide = x.to(statistics_dtype(x.dtype))
+    return (wide * inverse_rms(wide, eps, scope) * norm_weight(weight, x, scope)).to(x.dtype)
+
+
+def inverse_rms(wide: Tensor, eps: float, scope: str) -> Tensor:
+    dims = (-1,) if scope == "head" else (-2, -1)
+    return torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
+
+
+def norm_weight(weight: Tensor, x: Tensor, scope: str) -> Tensor:
+    return weight if scope == "head" else weight.view(x.shape[-2:])

@@ -1,0 +1,406 @@
+"""Scenes of shots as one sequence of rows: order, visibility, positions (paper § 3.2.2, § 3.3, Fig. 3).
+
+`SceneLayout` is the single source of truth. The plan that kernels walk, the dense mask, the RoPE positions, the maps
+between the text and video streams, FLOP counts and cache rows all derive from it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lct.plan import Interval, Plan, Run, merge_intervals
+
+if TYPE_CHECKING:
+    import torch
+
+VISIBILITIES = ("isolated", "bidirectional", "context_causal")
+ROLES = ("shot", "global")
+
+Selection = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def _size(name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected a whole number of tokens, got {value!r}")
+    number = operator.index(value)  # type: ignore[arg-type]
+    if number < 0:
+        raise ValueError(f"{name}: expected at least 0 tokens, got {number}")
+    return number
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One text prompt followed by one video clip (an image has T = 1).
+
+    text   number of text tokens L
+    video  (T, H, W), frames, height and width in latent patches
+    role   "shot", or "global" for the global prompt with its dummy video token, which is shot 0 of its scene
+    """
+
+    text: int
+    video: tuple[int, int, int]
+    role: str = "shot"
+
+    def __post_init__(self):
+        object.__setattr__(self, "text", _size("Shot.text", self.text))
+        if not isinstance(self.video, Sequence) or len(self.video) != 3:
+            raise ValueError(f"Shot.video: expected (frames, height, width) in patches, got {self.video!r}")
+        named = zip(("frames", "height", "width"), self.video, strict=True)
+        object.__setattr__(self, "video", tuple(_size(f"Shot.video {name}", value) for name, value in named))
+        if self.role not in ROLES:
+            raise ValueError(f"Shot.role: expected one of {ROLES}, got {self.role!r}")
+
+    @property
+    def video_rows(self) -> int:
+        frames, height, width = self.video
+        return frames * height * width
+
+    @property
+    def rows(self) -> int:
+        return self.text + self.video_rows
+
+    def extent(self, text_scale: float = 1.0) -> float:
+        """How far along the diagonal the next shot starts after this one (Fig. 3b)."""
+        return text_scale * self.text + max(self.video)
+
+
+GLOBAL_VIDEO = (1, 1, 1)  # one zero latent, time 0: the dummy video of a global prompt (§ 3.2.2 leaves its size open)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Where the rows of the two streams sit in joint order, and which shot each belongs to; int64.
+
+    text_rows [S_text], video_rows [S_video]   joint row of each stream row
+    text_shot [S_text], video_shot [S_video]   its shot, an index into a vector of per-shot values such as times
+    """
+
+    text_rows: torch.Tensor
+    video_rows: torch.Tensor
+    text_shot: torch.Tensor
+    video_shot: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All that one forward pass needs to know about its rows.
+
+    shots      the shots whose rows are computed, in row order
+    plan       who sees whom
+    streams    stream rows to joint rows and shots
+    positions  float32 [S, 3], (t, y, x) of each joint row
+    slots      int64 [S], the cache row each joint row's key and value are written to; None without a cache
+    """
+
+    shots: tuple[Shot, ...]
+    plan: Plan
+    streams: Streams
+    positions: torch.Tensor
+    slots: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, init=False)
+class SceneLayout:
+    """Scenes of shots packed without padding into S rows: scene by scene, shot by shot, text before video.
+
+    scenes      sequences of shots; a scene's first shot may have the role "global"
+    visibility  "isolated"        a shot sees itself and the global prompt of its scene
+                "bidirectional"   a shot sees its whole scene (§ 3.2.2)
+                "context_causal"  a shot sees its scene up to its own end (§ 3.3)
+                or, per scene and shot, the indices of the earlier shots it sees beside itself and the global prompt
+
+    Immutable, hashable, equal by value; lives on the host. TypeError or ValueError for sizes that are not whole and
+    non-negative, empty scenes, misplaced global prompts and impossible selections.
+    """
+
+    scenes: tuple[tuple[Shot, ...], ...]
+    visibility: str | Selection
+
+    def __init__(
+        self,
+        scenes: Iterable[Iterable[Shot]],
+        visibility: str | Iterable[Iterable[Iterable[int]]] = "context_causal",
+    ):
+        object.__setattr__(self, "scenes", _scenes(scenes))
+        object.__setattr__(self, "visibility", _visibility(visibility, self.scenes))
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shots(self) -> tuple[Shot, ...]:
+        """All shots in row order."""
+        return tuple(shot for scene in self.scenes for shot in scene)
+
+    @cached_property
+    def shot_ends(self) -> tuple[int, ...]:
+        return tuple(accumulate(shot.rows for shot in self.shots))
+
+    @cached_property
+    def shot_starts(self) -> tuple[int, ...]:
+        return (0, *self.shot_ends[:-1])
+
+    @cached_property
+    def scene_of_shot(self) -> tuple[int, ...]:
+        return tuple(index for index, scene in enumerate(self.scenes) for _ in scene)
+
+    @cached_property
+    def scene_rows(self) -> tuple[int, ...]:
+        """Rows of each scene."""
+        return tuple(sum(shot.rows for shot in scene) for scene in self.scenes)
+
+    @cached_property
+    def first_shots(self) -> tuple[int, ...]:
+        """Index in `shots` of each scene's first shot."""
+        return (0, *accumulate(len(scene) for scene in self.scenes))[:-1]
+
+    @property
+    def rows(self) -> int:
+        return self.shot_ends[-1]
+
+    @cached_property
+    def text_rows(self) -> int:
+        return sum(shot.text for shot in self.shots)
+
+    @cached_property
+    def video_rows(self) -> int:
+        return sum(shot.video_rows for shot in self.shots)
+
+    # -- visibility ----------------------------------------------------------------------------------------------
+
+    def visible_shots(self, scene: int, shot: int) -> tuple[int, ...]:
+        """Indices within `scene` of the shots that `shot` sees, itself included, ascending."""
+        count = len(self.scenes[scene])
+        if self.visibility == "bidirectional":
+            return tuple(range(count))
+        if self.visibility == "context_causal":
+            return tuple(range(shot + 1))
+        seen = {shot}
+        if self.scenes[scene][0].role == "global":
+            seen.add(0)
+        if not isinstance(self.visibility, str):
+            seen.update(self.visibility[scene][shot])
+        return tuple(sorted(seen))
+
+    def _scene_intervals(self, scene: int, shot: int) -> tuple[Interval, ...]:
+        """What a shot sees, as rows counted from the start of its scene."""
+        ends = tuple(accumulate((s.rows for s in self.scenes[scene]), initial=0))
+        return merge_intervals((ends[other], ends[other + 1]) for other in self.visible_shots(scene, shot))
+
+    def visible_intervals(self, index: int) -> tuple[Interval, ...]:
+        """The merged row intervals that the rows of `shots[index]` see."""
+        scene = self.scene_of_shot[index]
+        first = self.first_shots[scene]
+        origin = self.shot_starts[first]
+        return tuple((origin + a, origin + b) for a, b in self._scene_intervals(scene, index - first))
+
+    def plan(self, device: str | torch.device = "cpu") -> Plan:
+        """The table of runs that kernels walk; memoised, its size depends on the number of shots alone."""
+        return _plan(self, str(device))
+
+    def dense_mask(self) -> torch.Tensor:
+        """bool [S, S], True where row i sees row j. For tests and pictures."""
+        return self.plan().dense_mask()
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs."""
+        return self.plan().pairs
+
+    def flops(self, heads: int, head_dim: int, backward: bool = False) -> int:
+        """Floating-point operations of one attention over visible pairs: 4·pairs·A·D forward, 2.5 times that backward."""
+        forward = 4 * self.pairs * heads * head_dim
+        return forward * 5 // 2 if backward else forward
+
+    # -- positions and streams -----------------------------------------------------------------------------------
+
+    def origins(self, text_scale: float = 1.0) -> tuple[float, ...]:
+        """Offset p of every shot along the space diagonal; each scene starts at 0 (Fig. 3b)."""
+        return tuple(
+            origin
+            for scene in self.scenes
+            for origin in tuple(accumulate((shot.extent(text_scale) for shot in scene), initial=0.0))[:-1]
+        )
+
+    def positions(self, text_scale: float = 1.0, device: str | torch.device = "cpu") -> torch.Tensor:
+        """float32 [S, 3], the (t, y, x) of every row: interleaved 3D RoPE coordinates (§ 3.2.2, Fig. 3b).
+
+        Text token i of a shot at offset p sits at (p + λi) on all axes, video token (f, h, w) at p + λL + (f, h, w);
+        λ = `text_scale`. λ = 0 puts all text at the shot's origin, as in models that do not rotate text.
+        """
+        return _positions(self.shots, self.origins(text_scale), text_scale, device)
+
+    def streams(self, device: str | torch.device = "cpu") -> Streams:
+        """Index maps between the text and video streams and joint order."""
+        return _streams(self.shots, device)
+
+    def geometry(self, device: str | torch.device = "cpu", text_scale: float = 1.0) -> Geometry:
+        """Everything a forward pass over all rows of this layout needs."""
+        return Geometry(self.shots, self.plan(device), self.streams(device), self.positions(text_scale, device))
+
+    # -- generation ----------------------------------------------------------------------------------------------
+
+    def append(self, shots: Sequence[Shot], sees: Sequence[Iterable[int]] | None = None) -> SceneLayout:
+        """The layout with one more shot at the end of every scene; the rows of each scene keep their order.
+
+        sees  for an explicit selection: per scene, the earlier shots that the new one sees
+        """
+        if len(shots) != len(self.scenes):
+            raise ValueError(f"shots: expected one for each of {len(self.scenes)} scenes, got {len(shots)}")
+        scenes = [(*scene, shot) for scene, shot in zip(self.scenes, shots, strict=True)]
+        if isinstance(self.visibility, str):
+            if sees is not None:
+                raise ValueError(f"sees: only an explicit selection takes it, visibility is {self.visibility!r}")
+            return SceneLayout(scenes, self.visibility)
+        if sees is None or len(sees) != len(self.scenes):
+            raise ValueError(f"sees: expected the earlier shots to see for each of {len(self.scenes)} scenes, got {sees}")
+        selection = [(*scene, new) for scene, new in zip(self.visibility, sees, strict=True)]
+        return SceneLayout(scenes, selection)
+
+    def tail(
+        self,
+        first: int,
+        capacity: int,
+        alternatives: Sequence[Shot] | None = None,
+        device: str | torch.device = "cpu",
+        text_scale: float = 1.0,
+    ) -> Geometry:
+        """Geometry of the rows from shot `first` of every scene on, over a cache that holds the shots before it.
+
+        Scene b owns cache rows b·capacity onward, in the order of its rows. `alternatives` adds to each scene a second
+        version of its last shot, for guidance: same place and history, other prompt; it is written behind the scene
+        ([history | shot | alternative]) and neither version sees the other.
+
+        ValueError where a scene does not fit `capacity`, before anything is written, and for bidirectional visibility,
+        under which a cached key would have to change.
+        """
+        if self.visibility == "bidirectional":
+            raise ValueError("visibility: a cache needs context_causal, isolated or a selection, got 'bidirectional'")
+        shots: list[Shot] = []
+        origins: list[float] = []
+        slots: list[Interval] = []
+        runs: list[Run] = []
+        at = 0
+        all_origins = self.origins(text_scale)
+
+        def add(shot: Shot, origin: float, slot: int, sees: Iterable[Interval]) -> None:
+            nonlocal at
+            shots.append(shot)
+            origins.append(origin)
+            slots.append((slot, slot + shot.rows))
+            runs.append(Run(at, at + shot.rows, merge_intervals(sees)))
+            at += shot.rows
+
+        for b, scene in enumerate(self.scenes):
+            if not 0 <= first < len(scene):
+                raise ValueError(f"first: expected a shot of scene {b}, which has {len(scene)}, got {first}")
+            starts = tuple(accumulate((shot.rows for shot in scene), initial=0))
+            needed = starts[-1] + (alternatives[b].rows if alternatives else 0)
+            if needed > capacity:
+                raise ValueError(
+                    f"capacity: scene {b} needs {needed} cache rows, got {capacity}; allocate a larger cache or rewind"
+                )
+            base = b * capacity
+            for index in range(first, len(scene)):
+                sees = [(base + i, base + j) for i, j in self._scene_intervals(b, index)]
+                add(scene[index], all_origins[self.first_shots[b] + index], base + starts[index], sees)
+            if alternatives:
+                slot, own = base + starts[-1], (base + starts[-2], base + starts[-1])
+                history = _without(runs[-1].sees, own)
+                add(alternatives[b], origins[-1], slot, (*history, (slot, slot + alternatives[b].rows)))
+        import torch
+
+        plan = Plan.build(runs, at, len(self.scenes) * capacity, device)
+        where = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in slots])
+        return Geometry(
+            tuple(shots),
+            plan,
+            _streams(shots, device),
+            _positions(shots, origins, text_scale, device),
+            torch.from_numpy(where).to(device),
+        )
+
+
+def _without(intervals: Sequence[Interval], cut: Interval) -> tuple[Interval, ...]:
+    """The intervals less the rows of `cut`."""
+    before = ((a, min(b, cut[0])) for a, b in intervals)
+    after = ((max(a, cut[1]), b) for a, b in intervals)
+    return merge_intervals((*before, *after))
+
+
+def _scenes(scenes: Iterable[Iterable[Shot]]) -> tuple[tuple[Shot, ...], ...]:
+    packed = tuple(tuple(scene) for scene in scenes)
+    if not packed:
+        raise ValueError("scenes: expected at least one scene, got none")
+    for b, scene in enumerate(packed):
+        if not scene:
+            raise ValueError(f"scenes: scene {b} is empty; give it at least one Shot")
+        for index, shot in enumerate(scene):
+            if not isinstance(shot, Shot):
+                raise TypeError(f"scenes: scene {b}, shot {index}: expected a Shot, got {shot!r}")
+            if shot.role == "global" and index:
+                raise ValueError(f"scenes: scene {b}: the global prompt must be shot 0, got it as shot {index}")
+    return packed
+
+
+def _visibility(visibility: object, scenes: tuple[tuple[Shot, ...], ...]) -> str | Selection:
+    if isinstance(visibility, str):
+        if visibility not in VISIBILITIES:
+            raise ValueError(f"visibility: expected one of {VISIBILITIES} or a selection, got {visibility!r}")
+        return visibility
+    if not isinstance(visibility, Iterable):
+        raise TypeError(f"visibility: expected one of {VISIBILITIES} or a selection, got {visibility!r}")
+    selection = tuple(tuple(tuple(sorted(set(sees))) for sees in scene) for scene in visibility)
+    if len(selection) != len(scenes):
+        raise ValueError(f"visibility: expected a selection for each of {len(scenes)} scenes, got {len(selection)}")
+    for b, (scene, chosen) in enumerate(zip(scenes, selection, strict=True)):
+        if len(scene) != len(chosen):
+            raise ValueError(f"visibility: scene {b} has {len(scene)} shots, its selection {len(chosen)}")
+        for index, sees in enumerate(chosen):
+            wrong = [other for other in sees if not 0 <= _size(f"visibility: scene {b}, shot {index}", other) < index]
+            if wrong:
+                raise ValueError(f"visibility: scene {b}, shot {index} may select earlier shots only, got {wrong[0]}")
+    return selection
+
+
+@lru_cache(maxsize=256)
+def _plan(layout: SceneLayout, device: str) -> Plan:
+    runs = [
+        Run(start, end, layout.visible_intervals(index))
+        for index, (start, end) in enumerate(zip(layout.shot_starts, layout.shot_ends, strict=True))
+    ]
+    return Plan.build(runs, layout.rows, layout.rows, device)
+
+
+def _positions(
+    shots: Sequence[Shot], origins: Sequence[float], text_scale: float, device: str | torch.device
+) -> torch.Tensor:
+    import torch
+
+    parts = []
+    for shot, origin in zip(shots, origins, strict=True):
+        text = origin + text_scale * np.arange(shot.text, dtype=np.float64)
+        video = np.indices(shot.video, dtype=np.float64).reshape(3, -1).T + (origin + text_scale * shot.text)
+        parts += [np.repeat(text[:, None], 3, axis=1), video]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(device)
+
+
+def _streams(shots: Sequence[Shot], device: str | torch.device) -> Streams:
+    import torch
+
+    sizes = np.array([(shot.text, shot.video_rows) for shot in shots], np.int64)
+    ids = np.arange(2 * len(shots))
+    part = np.repeat(ids, sizes.ravel())  # shot 0 text, shot 0 video, shot 1 text, …
+    is_video = part % 2 == 1
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    rows, shot = np.arange(part.size, dtype=np.int64), (part // 2).astype(np.int64)
+    return Streams(tensor(rows[~is_video]), tensor(rows[is_video]), tensor(shot[~is_video]), tensor(shot[is_video]))

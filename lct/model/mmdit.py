@@ -1,0 +1,190 @@
+"""The long-context MMDiT (paper Fig. 3a): separate text and video weights, joint attention over all shots of a scene."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lct.kernels import NormRope, attention, norm_rope_append_, norm_rope_join
+from lct.layout import Geometry, SceneLayout
+from lct.model.cache import KVCache
+from lct.model.config import ModelConfig
+from lct.model.layers import MLP, Linear, Modulation, gated, modulate, time_features
+from lct.model.text import WordEncoder
+
+
+class StreamBlock(nn.Module):
+    """The weights that one stream, text or video, has in a block."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        inner, kv_inner = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.head_dim = c.head_dim
+        self.modulation = Linear(c.width, 6 * c.width)
+        self.qkv = Linear(c.width, inner + 2 * kv_inner)
+        sizes = (c.head_dim, c.head_dim) if c.norm_scope == "head" else (inner, kv_inner)
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(size)) for size in sizes)
+        self.out = Linear(inner, c.width)
+        self.mlp = MLP(c.width, c.mlp_width)
+
+    def modulations(self, shots: Tensor) -> tuple[Modulation, Modulation]:
+        """For attention and for the MLP; shots [N, C] are the activated time embeddings."""
+        parts = self.modulation(shots).chunk(6, dim=-1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+    def project(self, x: Tensor, m: Modulation, shot: Tensor) -> Tensor:
+        """[R, C] -> [R, A + 2·A_kv, D]."""
+        return self.qkv(modulate(x, m, shot)).unflatten(-1, (-1, self.head_dim))
+
+    def finish(self, x: Tensor, attended: Tensor, ms: tuple[Modulation, Modulation], shot: Tensor) -> Tensor:
+        x = gated(x, self.out(attended.flatten(-2)), ms[0].gate, shot)
+        return gated(x, self.mlp(modulate(x, ms[1], shot)), ms[1].gate, shot)
+
+
+class Block(nn.Module):
+    """One long-context MMDiT block."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.text, self.video = StreamBlock(c), StreamBlock(c)
+        self.spec = NormRope(c.heads, c.rope_axes, c.rope_theta, c.norm_eps, c.norm_scope)
+
+    def forward(
+        self,
+        text: Tensor,
+        video: Tensor,
+        shots: Tensor,
+        geometry: Geometry,
+        cache: tuple[Tensor, Tensor] | None,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        s = geometry.streams
+        text_m, video_m = self.text.modulations(shots), self.video.modulations(shots)
+        joined = (
+            self.text.project(text, text_m[0], s.text_shot),
+            self.video.project(video, video_m[0], s.video_shot),
+            (self.text.q_norm, self.text.k_norm),
+            (self.video.q_norm, self.video.k_norm),
+            s,
+            geometry.positions,
+            self.spec,
+        )
+        if cache is None:
+            q, k, v = norm_rope_join(*joined)
+        else:
+            k, v = cache
+            q = norm_rope_append_(*joined, geometry.slots, k, v)
+        attended = attention(q, k, v, geometry.plan, impl=impl)
+        return (
+            self.text.finish(text, attended.index_select(0, s.text_rows), text_m, s.text_shot),
+            self.video.finish(video, attended.index_select(0, s.video_rows), video_m, s.video_shot),
+        )
+
+
+class MMDiT(nn.Module):
+    """Velocity of every video token, given noisy latents, text and each shot's own time.
+
+    A one-shot layout is the single-shot model: LCT adds no parameter (§ 3.2.2, § 4.2).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        self.text_encoder = WordEncoder(c.vocabulary, c.text_channels) if c.vocabulary else None
+        self.video_in = Linear(c.patch_channels, c.width)
+        self.text_in = Linear(c.text_channels, c.width)
+        self.time_in = nn.Sequential(Linear(c.time_channels, c.width), nn.SiLU(), Linear(c.width, c.width), nn.SiLU())
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.blocks))
+        self.last_modulation = Linear(c.width, 2 * c.width)
+        self.video_out = Linear(c.width, c.patch_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every block starts as the identity (adaLN-Zero) and the velocity at zero."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        streams = (s for block in self.blocks for s in (block.text, block.video))  # type: ignore[union-attr]
+        for linear in (*(s.modulation for s in streams), self.last_modulation, self.video_out):
+            nn.init.zeros_(linear.weight)
+
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        times: Tensor,
+        geometry: Geometry | SceneLayout,
+        cache: KVCache | None = None,
+        impl: str = "auto",
+    ) -> Tensor:
+        """v_Θ(z_t, t, c_text) of Eq. 1, for every shot at its own t.
+
+        video     [S_video, patch channels], noisy latents as packed patches; their dtype is the compute dtype
+        text      [S_text, text_channels], packed text features
+        times     fp32 [N], t of every shot of the geometry, in [0, 1]
+        geometry  of the rows given here; a SceneLayout stands for `layout.geometry(device)`
+        cache     keys and values of earlier shots; the rows given here are written into it at `geometry.slots`,
+                  which commits nothing: see `KVCache`
+        impl      of `attention`
+
+        Returns [S_video, patch channels]. Global prompts get a velocity like any shot; callers discard it.
+        """
+        if isinstance(geometry, SceneLayout):
+            geometry = geometry.geometry(video.device)
+        self._check(video, text, times, geometry, cache)
+        shots = self.time_in(time_features(times.to(self.video_out.weight.dtype), self.config.time_channels))
+        x_video, x_text = self.video_in(video), self.text_in(text.to(video.dtype))
+        for index, block in enumerate(self.blocks):
+            rows = None if cache is None else (cache.keys[index], cache.values[index])
+            x_text, x_video = block(x_text, x_video, shots, geometry, rows, impl)
+        shift, scale = self.last_modulation(shots).chunk(2, dim=-1)
+        return self.video_out(modulate(x_video, Modulation(shift, scale, scale), geometry.streams.video_shot))
+
+    def _check(self, video: Tensor, text: Tensor, times: Tensor, geometry: Geometry, cache: KVCache | None) -> None:
+        s, c = geometry.streams, self.config
+        for name, x, expected in (
+            ("video", video, (len(s.video_rows), c.patch_channels)),
+            ("text", text, (len(s.text_rows), c.text_channels)),
+            ("times", times, (len(geometry.shots),)),
+        ):
+            if tuple(x.shape) != expected:
+                raise ValueError(f"{name}: the layout and model expect shape {expected}, got {tuple(x.shape)}")
+        if (cache is None) != (geometry.slots is None):
+            raise ValueError("cache: goes with a geometry made by layout.tail, and only with one")
+
+    # -- accounting ----------------------------------------------------------------------------------------------
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops(self, geometry: Geometry | SceneLayout) -> int:
+        """Floating-point operations of one forward pass, matrix products and attention over visible pairs; a training
+        step takes three times the products and 3.5 times the attention, see `training_flops`."""
+        products, attended = self._flops(geometry)
+        return products + attended
+
+    def training_flops(self, geometry: Geometry | SceneLayout) -> int:
+        """The same of one forward and backward pass."""
+        products, attended = self._flops(geometry)
+        return 3 * products + attended * 7 // 2
+
+    def _flops(self, geometry: Geometry | SceneLayout) -> tuple[int, int]:
+        if isinstance(geometry, SceneLayout):
+            geometry = geometry.geometry()
+        c, text, video = self.config, sum(s.text for s in geometry.shots), sum(s.video_rows for s in geometry.shots)
+        stream = self.blocks[0].video  # type: ignore[union-attr]
+        per_row = 2 * sum(m.weight.numel() for m in (stream.qkv, stream.out, stream.mlp.rise, stream.mlp.fall))
+        per_shot = 2 * 2 * stream.modulation.weight.numel()
+        ends = 2 * (
+            video * (self.video_in.weight.numel() + self.video_out.weight.numel())
+            + text * self.text_in.weight.numel()
+            + len(geometry.shots) * self.last_modulation.weight.numel()
+        )
+        products = c.blocks * ((text + video) * per_row + len(geometry.shots) * per_shot) + ends
+        return products, c.blocks * 4 * geometry.plan.pairs * c.heads * c.head_dim
+
+    def kv_bytes(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of the keys and values of `rows` rows over all blocks."""
+        c = self.config
+        return 2 * c.blocks * rows * c.kv_heads * c.head_dim * dtype.itemsize

@@ -1,0 +1,39 @@
+"""Text encoders: prompts in, packed features out.
+
+A text encoder has `tokenize(prompt) -> token ids`, as many as the shot has text tokens, and
+`forward(ids, places) -> features [S_text, text_channels]`. The one here is small and learned with the model.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+from torch import Tensor, nn
+
+from lct.model.layers import time_features
+
+NULL = 0  # the one token of the null prompt
+_WORDS = re.compile(r"\[[A-Z ]+\]|\w+")  # a mark such as [SHOT CUT] is one word
+_WAVES = 16
+
+
+class WordEncoder(nn.Module):
+    """Hashed words with learned vectors, and where in the prompt they stand. The null prompt "" is one token of its own."""
+
+    def __init__(self, vocabulary: int, channels: int):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.words = nn.Embedding(vocabulary, channels)
+        self.places = nn.Linear(_WAVES, channels, bias=False)
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Ids of the words of a prompt, upper and lower case alike; at least one."""
+        words = [word.lower() for word in _WORDS.findall(prompt)]
+        return [1 + zlib.crc32(word.encode()) % (self.vocabulary - 1) for word in words] or [NULL]
+
+    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
+        """ids [S_text], places [S_text] (index of each word in its prompt) -> [S_text, channels]."""
+        waves = time_features(places.to(self.words.weight.dtype) / 1000, _WAVES)
+        return self.words(ids) + self.places(waves)
+

@@ -1,0 +1,1 @@
+"""Tuning a model: configurations, batches, the loop, checkpoints."""

@@ -1,0 +1,124 @@
+"""A checkpoint is a folder with a manifest of hashes that appears whole or not at all.
+
+Weights, moving average and optimiser are safetensors files; `manifest.json` names every file with its size and SHA-256,
+because no tensor format notices a flipped bit by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lct.data.atomic import new_folder
+from lct.train.config import TrainConfig
+
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+
+
+def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], config: TrainConfig) -> Path:
+    """Write `root/step-NNNNNNN` with one safetensors file for each entry of `tensors`, the configuration and manifest.
+
+    Files reach the disk before the folder gets its name. A complete folder of that step is left as it is.
+    """
+    folder = root / f"{PREFIX}{step:07d}"
+    if folder.exists():
+        return folder
+    with new_folder(folder) as temporary:
+        for name, group in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
+        (temporary / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "torch": torch.__version__, "files": files}, indent=1))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+    _sync(root)
+    return folder
+
+
+def verify(folder: Path) -> dict:
+    """The manifest of a checkpoint whose files all match it; ValueError names the first that does not."""
+    manifest_file = folder / MANIFEST
+    if not manifest_file.is_file():
+        raise ValueError(f"{folder}: not a checkpoint, {MANIFEST} is missing; name a folder called {PREFIX}…")
+    try:
+        manifest = json.loads(manifest_file.read_text())
+        files = manifest["files"].items()
+        step = manifest["step"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest_file}: damaged ({error}); use another checkpoint") from None
+    for name, expected in files:
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file}: missing from the checkpoint of step {step}; use another checkpoint")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise ValueError(f"{file}: damaged, it does not match its hash in {MANIFEST}; use another checkpoint")
+    return manifest
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The checkpoint folders under `root`, oldest first."""
+    return sorted(folder for folder in root.glob(f"{PREFIX}*") if folder.is_dir())
+
+
+def latest(root: Path) -> Path:
+    """The newest checkpoint under `root`, or `root` where it is one itself; FileNotFoundError where there is none."""
+    if (root / MANIFEST).is_file():
+        return root
+    found = checkpoints(root)
+    if not found:
+        raise FileNotFoundError(f"{root}: no checkpoint there; train one with `lct train` or name another folder")
+    return found[-1]
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """One group of tensors of a checkpoint, every file of which is checked against the manifest first."""
+    verify(folder)
+    return load_file(folder / f"{name}.safetensors")
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Weights from a .safetensors file, or the moving average from a checkpoint or a folder of checkpoints."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors has one exception type of its own, raised from Rust
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return load_tensors(latest(path), "ema")
+
+
+def assign_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Copy weights into a model of the same shape; ValueError names what does not fit."""
+    own = model.state_dict()
+    for name in own.keys() ^ weights.keys():
+        what = "is not in the model" if name in weights else "is missing"
+        raise ValueError(f"{source}: weight {name} {what}; the file belongs to another model configuration")
+    for name, weight in weights.items():
+        if weight.shape != own[name].shape:
+            expected, got = tuple(own[name].shape), tuple(weight.shape)
+            raise ValueError(f"{source}: weight {name}: expected shape {expected}, got {got}; another configuration")
+    model.load_state_dict({name: weight.to(own[name].dtype) for name, weight in weights.items()})
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,76 @@
+"""What a run is: one frozen dataclass. Free of torch, so that the command line can show every option at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lct.layout import VISIBILITIES
+from lct.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where scenes come from, and in which mixture (§ 3.2.1, § 3.4)."""
+
+    source: str
+    """"toy", or a folder of ingested scenes."""
+    toy: str
+    """Preset of the toy scenes."""
+    shots: int
+    """Most shots of a scene, the global prompt not counted; nine in the paper (§ 4)."""
+    single: float
+    """Share of single shots, which keep what the model could do before (§ 3.4)."""
+    cut: float
+    """Share of authentic multi-shot scenes; the paper has half as many of them as of segmented long shots."""
+    no_cut: float
+    """Share of long shots divided into segments without a cut."""
+    image_probability: float
+    """Chance that a shot is replaced by one of its frames, as an image (§ 3.4; the paper does not say how often)."""
+    drop_probability: float
+    """Chance that a prompt is replaced by the null prompt, for guidance; drawn per shot and for the global prompt."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    init: str | None
+    """Weights to start from: a .safetensors file or a checkpoint folder; None for new ones."""
+    visibility: str
+    """"bidirectional" for LCT (§ 3.2.2), "context_causal" for the tuning after it (§ 3.3)."""
+    text_scale: float
+    """λ of the positions: 0 rotates video only, 1 is the paper's layout (§ 3.2.2)."""
+    steps: int
+    scenes: int
+    """Scenes of the global batch."""
+    lr: float
+    warmup: int
+    """Steps of linear warm-up."""
+    lr_end: float
+    """Learning rate of the last step, as a part of `lr`; the decay is linear."""
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+    """Largest norm of the gradient."""
+    ema: float
+    """Decay of the moving average of the weights."""
+    time_mean: float
+    time_std: float
+    """Training times are sigmoid(N(mean, std²)), one for each shot (§ 3.4)."""
+    shift: float
+    """Further shift of the times towards noise; 1, as in the paper, is none."""
+    seed: int
+    save_every: int
+    """Steps between checkpoints; the last step is always saved."""
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.visibility not in VISIBILITIES:
+            raise ValueError(f"visibility: expected one of {VISIBILITIES}, got {self.visibility!r}")
+        if self.steps < 1 or self.scenes < 1 or self.save_every < 1:
+            raise ValueError(f"steps, scenes, save_every: expected at least 1, got {self.steps}, {self.scenes}, {self.save_every}")
+        if self.data.single + self.data.cut + self.data.no_cut <= 0:
+            raise ValueError("data: expected a positive share of single, cut or no_cut scenes, got none")

@@ -1,0 +1,184 @@
+"""The training loop of every stage: batch, per-shot times, velocity, per-shot loss, AdamW, EMA, one JSON line a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lct.data.batch import Batch, Dataset, draw_batch
+from lct.data.folder import SceneFolder
+from lct.data.toy import ToyScenes
+from lct.model import MMDiT
+from lct.model.flow import noised, shift_time, shot_losses
+from lct.train.checkpoint import (
+    assign_weights,
+    checkpoints,
+    latest,
+    load_tensors,
+    load_weights,
+    save_checkpoint,
+    verify,
+)
+from lct.train.config import DataConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did; a line of `log.jsonl`."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    rows: int
+    shots: int
+    seconds: float
+    tflops: float
+
+    def line(self) -> str:
+        return json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in vars(self).items()})
+
+
+def dataset(config: DataConfig) -> Dataset:
+    """Toy scenes, or a folder of ingested ones."""
+    if config.source == "toy":
+        return ToyScenes(config.toy, max_shots=max(2, config.shots))
+    return SceneFolder(config.source, max_shots=config.shots)
+
+
+def batch_loss(model: MMDiT, batch: Batch, times: Tensor, text_scale: float, dtype: torch.dtype, impl: str) -> Tensor:
+    """Mean over shots of each shot's mean squared velocity error (Eq. 1, § 3.4).
+
+    times  fp32 [N], t of every shot; global prompts are noiseless, have t = 0 and no loss.
+    """
+    device = model.video_in.weight.device
+    geometry = batch.layout.geometry(device, text_scale)
+    is_shot = batch.is_shot.to(device)
+    times = torch.where(is_shot, times.to(device), 0.0)
+    shot = geometry.streams.video_shot
+    flow = noised(batch.latents.to(device), batch.noise.to(device), times[shot])
+    text = model.text_encoder(batch.ids.to(device), batch.places.to(device))
+    velocity = model(flow.z_t.to(dtype), text, times, geometry, impl=impl)
+    losses = shot_losses(velocity, flow.target, shot, len(times))
+    has_loss = is_shot & (torch.bincount(shot, minlength=len(times)) > 0)
+    return losses[has_loss].mean()
+
+
+class Trainer:
+    """One stage: its model, moving average and optimiser, and the folder it writes to.
+
+    Resuming continues bitwise on the CPU: data, noise and times depend on (seed, step, slot) alone.
+    """
+
+    def __init__(self, config: TrainConfig, out: str | Path, device: str = "cpu", impl: str = "auto"):
+        self.config, self.out, self.device, self.impl = config, Path(out), device, impl
+        self.dataset = dataset(config.data)
+        torch.manual_seed(config.seed)
+        self.model = MMDiT(config.model).to(device)
+        if self.model.text_encoder is None:
+            raise ValueError(f"run {config.name}: text features come from outside, and no encoder for them is wired in yet")
+        if config.init is not None:
+            assign_weights(self.model, load_weights(config.init), config.init)
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.step = 0
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then linear decay to `lr_end` of the peak."""
+        c = self.config
+        rise = min(1.0, (step + 1) / max(1, c.warmup))
+        fall = max(0.0, step - c.warmup) / max(1, c.steps - c.warmup)
+        return c.lr * rise * (1 + (c.lr_end - 1) * fall)
+
+    def batch(self, step: int) -> Batch:
+        c = self.config
+        mixture = {"single": c.data.single, "cut": c.data.cut, "no_cut": c.data.no_cut}
+        return draw_batch(
+            self.dataset, self.model.text_encoder.tokenize, c.model.patch, c.visibility, mixture,
+            c.data.image_probability, c.data.drop_probability, c.scenes, c.seed, step,
+        )  # fmt: skip
+
+    def train_step(self) -> StepRecord:
+        c, began = self.config, time.perf_counter()
+        batch = self.batch(self.step)
+        times = shift_time(torch.sigmoid(c.time_mean + c.time_std * batch.normal), c.shift)
+        rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = batch_loss(self.model, batch, times, c.text_scale, getattr(torch, c.compute_dtype), self.impl)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        if not math.isfinite(norm.item()):
+            raise FloatingPointError(f"step {self.step}: gradient norm {norm.item()}; nothing was updated or saved")
+        self.optimizer.step()
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        seconds = time.perf_counter() - began
+        flops = self.model.training_flops(batch.layout)
+        shots = int(batch.is_shot.sum())
+        return StepRecord(
+            self.step, loss.item(), norm.item(), rate, batch.layout.rows, shots, seconds, flops / seconds / 1e12
+        )
+
+    def run(self, progress=None) -> Path:
+        """Train to the end, logging each step and saving as configured; returns the last checkpoint."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        folder = None
+        with (self.out / "log.jsonl").open("a") as log:
+            while self.step < self.config.steps:
+                record = self.train_step()
+                log.write(record.line() + "\n")
+                if progress is not None:
+                    progress(record)
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    log.flush()
+                    folder = self.save()
+        return folder or latest(self.out)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        state = {
+            f"{names[id(p)]}.{key}": value for p, values in self.optimizer.state.items() for key, value in values.items()
+        }
+        ema = {"n_averaged": self.ema.n_averaged}
+        tensors = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict(), "optimizer": state | ema}
+        return save_checkpoint(self.out, self.step, tensors, self.config)
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint in the run's folder; False where there is none."""
+        if not checkpoints(self.out):
+            return False
+        folder = latest(self.out)
+        manifest = verify(folder)
+        assign_weights(self.model, load_tensors(folder, "model"), folder)
+        assign_weights(self.ema.module, load_tensors(folder, "ema"), folder)
+        state = load_tensors(folder, "optimizer")
+        self.ema.n_averaged.copy_(state.pop("n_averaged"))
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: state[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in state
+            }
+        self.step = manifest["step"]
+        _trim_log(self.out / "log.jsonl", self.step)
+        return True
+
+
+def _trim_log(file: Path, step: int) -> None:
+    """Forget the steps after the checkpoint: they will be taken again."""
+    if file.exists():
+        lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+        file.write_text("".join(f"{line}\n" for line in lines))

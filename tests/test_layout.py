@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import time
+from itertools import pairwise
 
 import numpy as np
 import oracle
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from strategies import problems, scene_lists, shots, visibilities
 
 from lct.layout import SceneLayout, Shot
+from lct.plan import Plan, Run
 
 thorough = settings(max_examples=500)
 TEXT_SCALES = (0.0, 0.25, 1.0, 1.5)  # dyadic, so that sums in any order are exact
@@ -35,6 +37,21 @@ def rasterise(runs, q_rows, k_rows):
 
 def host_runs(runs):
     return [(run.start, run.end, *(edge for interval in run.sees for edge in interval)) for run in runs]
+
+
+def assert_plan_covers(plan, visible):
+    """Every visible pair exactly once and no other, by the host's runs and the tables kernels read, both ways round."""
+    for runs in (host_runs(plan.runs), plan.table.tolist(), plan.host_table.tolist()):
+        np.testing.assert_array_equal(rasterise(runs, *visible.shape), visible)
+    for runs in (host_runs(plan.key_runs), plan.key_table.tolist(), plan.host_key_table.tolist()):
+        np.testing.assert_array_equal(rasterise(runs, *visible.T.shape), visible.T)
+
+
+def assert_runs_partition(runs, rows):
+    """Kernels write every row, one that sees nothing too: runs meet end to start; neighbours that see the same are one."""
+    assert [0, *(run.end for run in runs)] == [*(run.start for run in runs), rows]
+    assert all(run.start < run.end for run in runs)
+    assert all(run.sees != following.sees for run, following in pairwise(runs))
 
 
 # Rows
@@ -106,32 +123,45 @@ def test_one_shot_is_full_attention(shot, visibility):
 
 @given(problems())
 @thorough
-def test_runs_cover_the_mask_exactly_once(problem):
-    """Of the host's runs and of the tables that kernels read, both ways round."""
+def test_plan_covers_the_mask_exactly_once(problem):
     scenes, visibility, _ = problem
     plan, visible = build(scenes, visibility).plan(), oracle.mask(scenes, visibility)
-    for runs in (host_runs(plan.runs), plan.table.tolist(), plan.host_table.tolist()):
-        np.testing.assert_array_equal(rasterise(runs, *visible.shape), visible)
-    for runs in (host_runs(plan.key_runs), plan.key_table.tolist(), plan.host_key_table.tolist()):
-        np.testing.assert_array_equal(rasterise(runs, *visible.shape), visible.T)
+    assert_plan_covers(plan, visible)
+    for runs, table in ((plan.runs, plan.table), (plan.key_runs, plan.key_table)):
+        assert_runs_partition(runs, len(visible))
+        assert table.dtype == torch.int32
+        assert table.shape[0] % 16 == 0
+        # Room for 1, 2, 4, … intervals: few shapes, so few compilations.
+        assert ((table.shape[1] - 2) // 2).bit_count() == 1
 
 
-@given(problems())
-@thorough
-def test_runs_partition_the_rows(problem):
-    """Kernels write every output row, the ones that see nothing too: runs meet end to start, in row order."""
-    scenes, visibility, _ = problem
-    layout = build(scenes, visibility)
-    plan = layout.plan()
-    for runs in (plan.runs, plan.key_runs):
-        assert [0, *(run.end for run in runs)] == [*(run.start for run in runs), layout.rows]
-        assert all(run.start < run.end for run in runs)
+def test_plan_of_separate_row_spaces():
+    """Cross-attention, by hand: query rows 1 and 2 see keys 1 to 3, row 4 sees key 0; rows 0, 3 and 5 see nothing."""
+    plan = Plan.build([Run(4, 5, ((0, 1),)), Run(1, 3, ((2, 4), (1, 2)))], q_rows=6, k_rows=5)
+    visible = np.array([list(row) for row in (".....", ".###.", ".###.", ".....", "#....", ".....")]) == "#"
+    np.testing.assert_array_equal(plan.dense_mask().numpy(), visible)
+    assert_plan_covers(plan, visible)
+    assert_runs_partition(plan.runs, 6)
+    assert_runs_partition(plan.key_runs, 5)
+    assert plan.pairs == 7
+
+
+@pytest.mark.parametrize("runs", [[(0, 3), (2, 4)], [(0, 7)], [(-1, 2)]], ids=["overlap", "past the end", "negative"])
+def test_plan_refuses_impossible_query_rows(runs):
+    with pytest.raises(ValueError, match="runs"):
+        Plan.build([Run(start, end, ((0, 1),)) for start, end in runs], q_rows=6, k_rows=5)
+
+
+@pytest.mark.parametrize("interval", [(0, 6), (-1, 2)])
+def test_plan_refuses_impossible_key_rows(interval):
+    with pytest.raises(ValueError, match="runs"):
+        Plan.build([Run(0, 6, (interval,))], q_rows=6, k_rows=5)
 
 
 @given(scene_lists())
 @thorough
 def test_context_causal_is_a_staircase(scenes):
-    """One interval per run both ways, in at most one run per shot, in a table whose size does not follow the shots."""
+    """One interval per run both ways, at most one run per shot, in a table of one size for 1 to 16 shots."""
     plan = build(scenes).plan()
     for runs, table in ((plan.runs, plan.table), (plan.key_runs, plan.key_table)):
         assert all(len(run.sees) == 1 for run in runs)
@@ -294,6 +324,8 @@ def test_tail_equals_the_oracle(drawn):
     tail = build(scenes, visibility).tail(first, capacity, alternatives and [Shot(*shot) for shot in alternatives])
     mask, positions, slots = tail_of_scenes(scenes, visibility, first, alternatives, capacity)
     np.testing.assert_array_equal(tail.plan.dense_mask().numpy(), mask)
+    assert_plan_covers(tail.plan, mask)
+    assert_runs_partition(tail.plan.runs, len(mask))
     np.testing.assert_array_equal(tail.positions.numpy(), positions)
     np.testing.assert_array_equal(tail.slots.numpy(), slots)
 

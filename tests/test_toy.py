@@ -145,6 +145,15 @@ def test_readings_of_a_still_frame_and_of_values_out_of_range():
     assert read_shot(3 * frames - 1).motion == scene.truth.shots[0].motion
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.5, 5.0])
+def test_anything_can_be_read(spread):
+    rng = np.random.default_rng(0)
+    for height, width in ((16, 16), (12, 20)):
+        reading = read_shot(0.5 + spread * rng.standard_normal((3, height, width, 3)))
+        assert np.isfinite(reading.background_rgb).all() and not (reading.visible and spread <= 0.1)
+        assert reading.character_rgb is None or np.isfinite(reading.character_rgb).all()
+
+
 # ---- what a scene is
 
 
@@ -307,4 +316,4 @@ def test_only_numpy_is_needed(module):
     names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     outside = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
-    assert outside <= {"numpy", "lct.data.scenes", "lct.data.toy"}
+    assert outside <= {"numpy", "numpy.typing", "lct.data.scenes", "lct.data.toy"}

@@ -28,7 +28,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_vacant(path: str | Path) -> Path:
-    """Return `path` where it is absent or an empty folder; ValueError otherwise, so that nothing is ever overwritten."""
+    """Return `path` where it is absent or an empty folder; ValueError otherwise: nothing is ever overwritten."""
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path}: expected a folder that does not exist or is empty; remove it or choose another name")

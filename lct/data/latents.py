@@ -34,21 +34,21 @@ class PixelCodec:
         return f"pixel/{self.stride}"
 
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
-        """Mean over squares of `stride` pixels, scaled to [-1, 1]: uint8 [T, H, W, 3] -> float32 [T, H/stride, W/stride, 3].
+        """Mean over squares of `stride` pixels in [-1, 1]: uint8 [T, H, W, 3] -> float32 [T, H/stride, W/stride, 3].
 
         Raises ValueError for another dtype or shape and for sizes that `stride` does not divide.
         """
-        frames = torch.as_tensor(frames)
-        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        pixels = torch.as_tensor(frames)
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(
-                f"frames: expected uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}; scale to 0..255 first"
+                f"frames: expected uint8 [T, H, W, 3], got {pixels.dtype} {list(pixels.shape)}; scale to 0..255 first"
             )
-        if frames.shape[1] % self.stride or frames.shape[2] % self.stride:
+        if pixels.shape[1] % self.stride or pixels.shape[2] % self.stride:
             raise ValueError(
-                f"frames: expected height and width that {self.stride} divides, got {list(frames.shape[1:3])}; "
+                f"frames: expected height and width that {self.stride} divides, got {list(pixels.shape[1:3])}; "
                 "crop or resize them"
             )
-        means = F.avg_pool2d(frames.permute(0, 3, 1, 2).float(), self.stride)
+        means = F.avg_pool2d(pixels.permute(0, 3, 1, 2).float(), self.stride)
         return (means / 127.5 - 1).permute(0, 2, 3, 1).contiguous()
 
     def encode_image(self, frame: np.ndarray | Tensor) -> Tensor:
@@ -57,10 +57,10 @@ class PixelCodec:
 
     def decode(self, latents: np.ndarray | Tensor) -> Tensor:
         """Enlarge bicubically and clamp: float [T, H, W, 3] in [-1, 1] -> uint8 [T, H·stride, W·stride, 3]."""
-        latents = torch.as_tensor(latents)
-        if latents.ndim != 4 or latents.shape[-1] != self.channels:
-            raise ValueError(f"latents: expected [T, H, W, {self.channels}], got {list(latents.shape)}; unpatchify first")
-        channels_first = latents.permute(0, 3, 1, 2).float()
+        small = torch.as_tensor(latents)
+        if small.ndim != 4 or small.shape[-1] != self.channels:
+            raise ValueError(f"latents: expected [T, H, W, {self.channels}], got {list(small.shape)}; unpatchify first")
+        channels_first = small.permute(0, 3, 1, 2).float()
         enlarged = F.interpolate(channels_first, scale_factor=float(self.stride), mode="bicubic", align_corners=False)
         return ((enlarged.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

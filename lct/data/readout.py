@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lct.data.toy import (
     ESTABLISHING,
@@ -71,35 +72,36 @@ def read_shot(frames: np.ndarray) -> ShotReading:
     border = np.ones((height - top, width), bool)
     border[:-1, 1:-1] = False
     place, rgb = _background(ground, np.broadcast_to(border, ground.shape[:3]), top, height)
-    if _strength(_distance(ground, place, rgb, top, height)) >= VISIBLE:
-        # The border alone sees little of a place's pattern: look again at everything but the character.
-        distance = _distance(ground, place, rgb, top, height)
-        empty = distance < 0.4 * _strength(distance)
-    else:
-        empty = np.ones(ground.shape[:3], bool)
-    place, rgb = _background(ground, empty, top, height)
+    distance = _distance(ground, place, rgb, top, height)
+    strength = _strength(distance)
+    # The border alone sees little of a place's pattern: look again at everything but the character.
+    near = max(0.4 * strength, np.quantile(distance, 0.3)) if strength >= VISIBLE else np.inf
+    place, rgb = _background(ground, distance <= near, top, height)
 
     distance = _distance(ground, place, rgb, top, height)
     strength = _strength(distance)
+    nobody = ShotReading(False, None, None, None, None, ESTABLISHING, light, place, rgb)
     if strength < VISIBLE:
-        return ShotReading(False, None, None, None, None, ESTABLISHING, light, place, rgb)
+        return nobody
     centroids = _centroids(np.clip((distance / strength - 0.25) / 0.5, 0, 1))
     empty_ground = rgb + place_pattern(place, height, width)[top:, :, None]
     framing, shape, texture, colour = _fit(ground, empty_ground, centroids, unit(height, width))
+    if colour_error(colour, rgb) < VISIBLE:
+        return nobody
     return ShotReading(True, colour, shape, texture, _motion(centroids), framing, light, place, rgb)
 
 
 def _background(ground: np.ndarray, where: np.ndarray, top: int, height: int) -> tuple[str, np.ndarray]:
     """The place whose pattern explains the pixels `where` [T, h, W] best, and the colour beneath the pattern [3]."""
-    best = None
+    best: tuple = (np.inf,)
     for place in PLACES:
         pattern = place_pattern(place, height, ground.shape[2])[top:]
         plain = (ground - pattern[..., None])[where]
         rgb = np.median(plain, axis=0)
         misfit = np.abs(plain - rgb).mean()
-        if best is None or misfit < best[0]:
+        if misfit < best[0]:
             best = misfit, place, rgb
-    return best[1], best[2]
+    return best[1:]
 
 
 def _distance(ground: np.ndarray, place: str, rgb: np.ndarray, top: int, height: int) -> np.ndarray:
@@ -137,7 +139,7 @@ def _fit(ground: np.ndarray, empty: np.ndarray, centroids: np.ndarray, pixels: f
     centroids  [T, 2]
     pixels     of this frame size to one of a 16 x 16 frame
     """
-    best = None
+    best: tuple = (np.inf,)
     for (framing, size), shape, soft in product(RADIUS.items(), SHAPES, (False, True)):
         centres = centroids - [CENTROIDS[shape] * size * pixels, 0]
         cover, stripe = coverage(shape, centres, size * pixels, *ground.shape[1:3])
@@ -147,7 +149,7 @@ def _fit(ground: np.ndarray, empty: np.ndarray, centroids: np.ndarray, pixels: f
         for texture in TEXTURES:
             shown = paint(cover, stripe, texture)
             misfit = np.square(painted - shown[..., None] * _colour(painted, shown, shown)).sum()
-            if best is None or misfit < best[0]:
+            if misfit < best[0]:
                 # Edges are where generated frames are least sure, so the colour is taken from the pixels well inside.
                 inner, _ = coverage(shape, centres, CORE * size * pixels, *ground.shape[1:3])
                 best = misfit, framing, shape, texture, _colour(painted, shown, shown * inner)
@@ -166,17 +168,17 @@ def _colour(painted: np.ndarray, shown: np.ndarray, weight: np.ndarray) -> np.nd
     return np.einsum("thw,thwc->c", weight, painted) / (weight * shown).sum()
 
 
-def colour_error(a: np.ndarray, b: np.ndarray) -> float:
+def colour_error(a: ArrayLike, b: ArrayLike) -> float:
     """Euclidean distance of two colours [3] in RGB: 0 for the same, about 0.85 for two random characters."""
     return float(np.linalg.norm(np.asarray(a, float) - np.asarray(b, float)))
 
 
-def hue(rgb: np.ndarray) -> float:
+def hue(rgb: ArrayLike) -> float:
     """Hue of a colour [3], in [0, 1)."""
-    return colorsys.rgb_to_hsv(*(float(c) for c in rgb))[0]
+    return colorsys.rgb_to_hsv(*np.asarray(rgb, float).tolist())[0]
 
 
-def hue_spread(rgbs: Sequence[np.ndarray]) -> float:
+def hue_spread(rgbs: Sequence[ArrayLike]) -> float:
     """1 − |mean of exp(2πi·hue)|: 0 where all hues are the same (collapse), near 1 where they fill the circle."""
     return 1 - float(np.abs(np.exp(2j * np.pi * np.array([hue(rgb) for rgb in rgbs])).mean()))
 

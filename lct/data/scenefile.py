@@ -20,12 +20,12 @@ A file may come from a stranger: it names no paths, and every mistake is one lin
 
 from __future__ import annotations
 
-import reprlib
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -33,12 +33,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lct.data.atomic import new_folder
-from lct.data.sceneschema import Table, fail
-from lct.data.scenes import SceneSample, ShotSample
+from lct.data.scenes import SHOT_CUT, SceneSample, ShotSample
+from lct.data.table import REQUIRED, Table, is_flag, is_integer, is_integers, is_positive, is_text
 
 SCENE, LATENTS = "scene.toml", "latents.safetensors"
 MAX_SHOTS = 9
 MAX_BYTES = 1 << 20
+HAND_TYPED_CUT = re.compile(r"\[\s*shot\s*cut\s*\]", re.IGNORECASE)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class SceneFile:
 def read_scene(path: str | Path) -> SceneFile:
     """Read and check a scene; `path` is its folder or its toml file.
 
-    Raises FileNotFoundError for a missing file; ValueError for anything in it that is unknown, of a wrong type or range,
-    for `[SHOT CUT]` typed by hand, no shots or more than nine, and media that are missing or not of the size stated.
+    Raises FileNotFoundError for a missing file; ValueError for what is unknown, of a wrong type or out of range, for
+    `[SHOT CUT]` typed by hand, for no shots or more than nine, and for media missing or not of the size stated.
     """
     path = Path(path)
     path = path / SCENE if path.is_dir() else path
@@ -101,7 +103,7 @@ def read_scene(path: str | Path) -> SceneFile:
         raise ValueError(f"{path}: expected TOML in UTF-8, got {error}; mend the file there") from error
     scene = _scene(Table(document, str(path)))
     if any(shot.media for shot in scene.shots):
-        _check_media(path, scene, _shapes(path.parent / LATENTS))
+        _check_media(Table({}, str(path)), scene, _shapes(path.parent / LATENTS))
     return scene
 
 
@@ -112,14 +114,15 @@ def write_scene(folder: str | Path, scene: SceneFile, latents: Mapping[str, Any]
 
     Raises ValueError where `read_scene` would refuse the result, and where `folder` exists and is not empty.
     """
-    path = Path(folder) / SCENE
     document = _document(scene)
-    scene = _scene(Table(document, str(path)))
+    table = Table(document, str(Path(folder) / SCENE))
     arrays = {key: np.ascontiguousarray(value, dtype=np.float32) for key, value in (latents or {}).items()}
-    _check_media(path, scene, {key: array.shape for key, array in arrays.items()})
-    text = tomli_w.dumps(document)
+    _check_media(table, _scene(table), {key: array.shape for key, array in arrays.items()})
+    unnamed = set(arrays) - {f"{shot.media}.{part}" for shot in scene.shots for part in ("video", "images")}
+    if unnamed:
+        table.fail("latents", "only keys that a shot names", sorted(unnamed), "set the shot's media")
     with new_folder(folder) as temporary:
-        (temporary / SCENE).write_text(text, encoding="utf-8")
+        (temporary / SCENE).write_text(_toml(document), encoding="utf-8")
         if arrays:
             save_file(arrays, temporary / LATENTS)
 
@@ -127,61 +130,134 @@ def write_scene(folder: str | Path, scene: SceneFile, latents: Mapping[str, Any]
 def load_sample(folder: str | Path) -> SceneSample:
     """All shots of a scene with their latents; ValueError where a shot has no media."""
     scene = read_scene(folder)
-    return SceneSample(
-        scene.global_prompt and scene.global_prompt.text(),
-        tuple(load_shot(folder, scene, i) for i in range(len(scene.shots))),
-    )
+    shots = tuple(load_shot(folder, scene, index) for index in range(len(scene.shots)))
+    return SceneSample(None if scene.global_prompt is None else scene.global_prompt.text(), shots)
 
 
 def load_shot(folder: str | Path, scene: SceneFile, index: int) -> ShotSample:
-    """Shot `index` of the scene in `folder` with its latents; it has no images where the folder holds none."""
-    folder, shot = Path(folder), scene.shots[index]
-    folder = folder.parent if folder.is_file() else folder
-    if shot.media is None:
-        fail(folder / SCENE, f"shot {index + 1}: media", "a name of given latents", None, "give the shot's latents")
-    with safe_open(folder / LATENTS, framework="np") as stored:
-        video = stored.get_tensor(f"{shot.media}.video")
-        has_images = f"{shot.media}.images" in stored.keys()  # noqa: SIM118 (not a dict)
-        images = stored.get_tensor(f"{shot.media}.images") if has_images else video[:0]
+    """Shot `index` of the scene in `folder` with its latents; K = 0 images where none are stored."""
+    media, shot = _media(folder, scene, index), scene.shots[index]
+    with safe_open(Path(folder) / LATENTS, framework="np") as stored:
+        video = stored.get_tensor(f"{media}.video")
+        images = stored.get_tensor(f"{media}.images") if f"{media}.images" in set(stored.keys()) else video[:0]
     return ShotSample(video, shot.prompt, shot.cut, images)
 
 
+def video_shape(folder: str | Path, scene: SceneFile, index: int) -> tuple[int, ...]:
+    """(T, H, W, C) of the latents of shot `index`, without reading them; ValueError where it has none."""
+    return _shapes(Path(folder) / LATENTS)[f"{_media(folder, scene, index)}.video"]
+
+
+def _media(folder: str | Path, scene: SceneFile, index: int) -> str:
+    media = scene.shots[index].media
+    if media is None:
+        table = Table({}, str(Path(folder) / SCENE), f"shot {index + 1}: ")
+        table.fail("media", "the name of given latents", None, f"add them to {LATENTS} and name them here")
+    return media
+
+
+def _document(scene: SceneFile) -> dict[str, Any]:
+    """The scene as TOML values; what is None is left out."""
+    document = {"source": scene.source, "codec": scene.codec, "fps": scene.fps}
+    if scene.global_prompt is not None:
+        document["global"] = asdict(scene.global_prompt)
+    document["shot"] = [_present(asdict(shot)) for shot in scene.shots]
+    return _present(document)
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _toml(document: Mapping[str, Any]) -> str:
+    """TOML with lists of integers on one line, as one would write them by hand."""
+    text = tomli_w.dumps(document)
+    return re.sub(r"= \[\n((?:    \d+,\n)+)\]", lambda match: f"= [{' '.join(match[1].split())[:-1]}]", text)
+
+
 def _scene(table: Table) -> SceneFile:
-    table.only("fps", "source", "codec", "global", "shot")
+    table.only("source", "codec", "fps", "global", "shot")
     shots = table.tables("shot")
     if not 1 <= len(shots) <= MAX_SHOTS:
         table.fail("shot", f"1 to {MAX_SHOTS} shots", len(shots), "add a [[shot]], or split the scene")
-    given = table.table("global")
+    shared = table.table("global")
     return SceneFile(
-        given and _global_prompt(given),
-        tuple(_shot(shot) for shot in shots),
-        table.positive("fps"),
-        table.text("source"),
-        table.text("codec"),
+        global_prompt=None if shared is None else _global_prompt(shared),
+        shots=tuple(_shot(shot) for shot in shots),
+        fps=table.take("fps", is_positive, "frames per second, above 0", "write for example fps = 8.0", None),
+        source=table.take("source", is_text, "the film's name", 'write for example source = "film.mp4"', None),
+        codec=table.take("codec", is_text, "a codec's name", 'write for example codec = "pixel/8"', None),
     )
 
 
 def _global_prompt(table: Table) -> GlobalPrompt:
     table.only("characters", "environment", "story")
-    characters = table.table("characters")
-    people = {} if characters is None else {name: characters.prompt(name) for name in characters.values}
-    for name in people:
-        if not name.replace("-", "").replace("_", "").isalnum():
-            table.fail("characters", "IDs of letters, digits, - and _", name, "write for example 1 = \"a man\"")
-    return GlobalPrompt(people, table.prompt("environment", ""), table.prompt("story", ""))
+    characters = table.table("characters") or Table({}, table.file)
+    for name in characters.values:
+        if not NAME.fullmatch(name):
+            characters.fail("ID", "letters, digits, . _ and -", name, 'write for example 1 = "a man"')
+    people = {name: _prompt(characters, name) for name in characters.values}
+    return GlobalPrompt(people, _prompt(table, "environment", ""), _prompt(table, "story", ""))
 
 
 def _shot(table: Table) -> ShotEntry:
     table.only("prompt", "cut", "size", "seed", "media", "frames")
-    frames = table.integers("frames", 2, 0, "frames = [0, 30]")
-    if frames and frames[0] >= frames[1]:
-        table.fail("frames", "a first frame before the end", list(frames), "write for example frames = [0, 30]")
-    seed = table.integers("seed", None, 0, "seed = 7")
-    return ShotEntry(
-        table.prompt("prompt"),
-        table.flag("cut"),
-        table.integers("size", 3, 1, "size = [4, 30, 30]"),
-        seed and seed[0],
-        table.name("media"),
-        frames,
+    size = table.take(
+        "size", is_integers(3, 1), "three positive integers, frames, height, width", "write size = [4, 30, 30]", None
     )
+    frames = table.take(
+        "frames", is_integers(2, 0), "two integers, first frame and end", "write frames = [0, 30]", None
+    )
+    if frames and frames[0] >= frames[1]:
+        table.fail("frames", "a first frame before the end", frames, "write for example frames = [0, 30]")
+    return ShotEntry(
+        prompt=_prompt(table, "prompt"),
+        cut=table.take("cut", is_flag, "true or false", "write cut = true in a scene of several shots with cuts"),
+        size=size and tuple(size),
+        seed=table.take("seed", is_integer, "an integer from 0 up", "write for example seed = 7", None),
+        media=table.take("media", _is_name, "a name without folders", 'write for example media = "shot-0"', None),
+        frames=frames and tuple(frames),
+    )
+
+
+def _is_name(value: Any) -> bool:
+    return is_text(value) and NAME.fullmatch(value) is not None
+
+
+def _prompt(table: Table, key: str, default: Any = REQUIRED) -> str:
+    text = table.take(key, is_text, "text in quotes", f'write {key} = "…"', default)
+    if HAND_TYPED_CUT.search(text):
+        table.fail(key, f"no {SHOT_CUT} typed by hand", text, "remove it and set cut = true on the shot")
+    return text
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all latents in a file by key, without reading them; none where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="np") as stored:
+            slices = {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118
+            for key, part in slices.items():
+                if part.get_dtype() != "F32":
+                    raise ValueError(f"{path}: {key}: expected dtype F32, got {part.get_dtype()}; convert it")
+            return {key: tuple(part.get_shape()) for key, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected safetensors, got a damaged file ({error}); write it again") from error
+
+
+def _check_media(table: Table, scene: SceneFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where a shot's latents are missing or not of the size stated."""
+    for i, shot in enumerate(scene.shots):
+        if shot.media is None:
+            continue
+        where = f"shot {i + 1}: media"
+        video, images = shapes.get(f"{shot.media}.video"), shapes.get(f"{shot.media}.images")
+        if video is None:
+            table.fail(where, f"{shot.media}.video in {LATENTS}", sorted(shapes) or None, "add it or remove media")
+        if len(video) != 4 or 0 in video:
+            table.fail(where, f"{shot.media}.video of shape [T, H, W, C]", video, "write it again")
+        if images is not None and (len(images) != 4 or images[1:] != video[1:]):
+            table.fail(where, f"{shot.media}.images of shape [K, *{list(video[1:])}]", images, "resize them")
+        if shot.size is not None and shot.size != video[:3]:
+            table.fail(f"shot {i + 1}: size", f"that of {shot.media}.video, {list(video[:3])}", shot.size, "correct it")

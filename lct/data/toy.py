@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle
+from typing import TypeVar
 
 import numpy as np
 
 from lct.data.scenes import SceneSample, ShotSample
 
 RGB = tuple[float, float, float]
+Option = TypeVar("Option")
 
 LIGHTS = {"day": 0.95, "dusk": 0.5, "night": 0.05}
 LIGHT_WORDS = {"day": "by day", "dusk": "at dusk", "night": "at night"}
@@ -101,7 +103,7 @@ class ToyFilm:
     """Scenes shown one after the other.
 
     frames        uint8 [N, H, W, 3]
-    cuts          first frame of every shot that follows a cut, the starts of later scenes included
+    cuts          first frame of every shot that follows a cut, starts of later scenes included
     scene_starts  first frame of every scene, beginning with 0
     """
 
@@ -243,7 +245,7 @@ def _global_text(truth: ToyTruth) -> str:
 # ---- scenes
 
 
-def _choose(rng: np.random.Generator, options: Sequence):
+def _choose(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[int(rng.integers(len(options)))]
 
 
@@ -317,7 +319,9 @@ class ToyScenes:
         background_rgb = colorsys.hsv_to_rgb(rng.random(), 0.35, 0.5)
         return ToyTruth(_choose(rng, list(LIGHTS)), background_rgb, characters, events)
 
-    def _shot(self, rng, frames: int, size, who: int | None = None, framing: str | None = None) -> ShotTruth:
+    def _shot(
+        self, rng: np.random.Generator, frames: int, size, who: int | None = None, framing: str | None = None
+    ) -> ShotTruth:
         place = _choose(rng, list(PLACES))
         if framing is None:
             if rng.random() < self.config.establishing:
@@ -331,7 +335,7 @@ class ToyScenes:
         start = rng.uniform(low + np.maximum(-travel, 0), high - np.maximum(travel, 0))
         return ShotTruth(who, motion, framing, place, (float(start[0]), float(start[1])))
 
-    def _long_shot(self, rng, frames: int, shots: int, size) -> tuple[ShotTruth, ...]:
+    def _long_shot(self, rng: np.random.Generator, frames: int, shots: int, size) -> tuple[ShotTruth, ...]:
         """Segments of one long shot. The character moves between the corners of a square, an edge per segment: there is
         room for every segment, and the motion changes at every boundary."""
         who, place = int(rng.integers(self.config.characters)), _choose(rng, list(PLACES))
@@ -382,18 +386,21 @@ def toy_film(scenes: Sequence[SceneSample], scale: int = 4, frames_per_shot: Seq
     scenes           toy scenes of one frame size
     scale            pixels of the film to one pixel of the scene
     frames_per_shot  lengths, taken in turn; the motion of a shot is spread over its frames
-    Raises ValueError where there are no scenes or their sizes differ.
+    Raises ValueError where there are no scenes, their sizes differ, or one is not a toy scene.
     """
     if len({scene.shots[0].latents.shape[1:] for scene in scenes}) != 1:
         raise ValueError("scenes: expected one or more scenes of one frame size")
     lengths = cycle(frames_per_shot)
     clips, cuts, scene_starts, now = [], [], [], 0
     for scene in scenes:
+        truth = scene.truth
+        if not isinstance(truth, ToyTruth):
+            raise ValueError(f"scenes: expected toy scenes, with their truth, got one with truth {truth!r}")
         scene_starts.append(now)
-        for i, (shot, event) in enumerate(zip(scene.shots, scene.truth.shots, strict=True)):
+        for i, (shot, event) in enumerate(zip(scene.shots, truth.shots, strict=True)):
             if now and (i == 0 or shot.cut):
                 cuts.append(now)
-            clips.append(_film_shot(scene.truth, event, shot, next(lengths), scale))
+            clips.append(_film_shot(truth, event, shot, next(lengths), scale))
             now += len(clips[-1])
     return ToyFilm(np.concatenate(clips), tuple(cuts), tuple(scene_starts))
 

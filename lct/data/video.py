@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def read_video(
             if len(frames) == limit:
                 raise ValueError(
                     f"{path}: expected at most {limit} frames of {frame.shape[1]}x{frame.shape[0]}, got more; "
-                    "split the film or raise max_frames"
+                    "split the film, or pass max_frames to read_video"
                 )
             frames.append(frame)
         return Film(np.stack(frames), float(_rate(path, stream)))
@@ -82,7 +83,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
         )
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps: expected a positive number of frames per second, got {fps}; use for example 8.0")
-    av = _av()
+    av = video_package("av")
     frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], mode="edge")
     with new_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         # 30000/1001 and its like survive the trip through a float
@@ -93,12 +94,12 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def _av() -> Any:
+def video_package(name: str) -> Any:
+    """Import a package of the `video` extra; ValueError that says how to install it where it is missing."""
     try:
-        import av
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError("av: expected PyAV to read and write video files; pip install -e '.[video]'") from error
-    return av
+        raise ValueError(f"{name}: expected this package, got {error}; pip install -e '.[video]'") from error
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"{path}: expected one of {' '.join(CONTAINERS)}, got {path.suffix!r}; convert it to mp4")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: expected a video, got an empty file (0 bytes); fetch it again")
-    av = _av()
+    av = video_package("av")
     try:
         # resolve(): a relative name such as "http:x.mp4" would be taken for an address
         name, form = str(path.resolve()), CONTAINERS[path.suffix.lower()]

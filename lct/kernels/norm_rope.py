@@ -53,7 +53,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lct::norm_rope_join", "default")
 def _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, heads, axes, theta, eps, scope):
     rows, (kv_heads, dim) = len(text_rows) + len(video_rows), _kv(video_qkv, heads)
     q = video_qkv.new_empty(rows, heads, dim)
@@ -67,7 +66,6 @@ def _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positi
     return q, k, v
 
 
-@torch.library.impl("lct::norm_rope_join_backward", "default")
 def _join_backward(
     dq, dk, dv, text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, heads, axes, theta, eps, scope
 ):
@@ -87,12 +85,16 @@ def _join_backward(
     return *d_qkv, *d_weights
 
 
-@torch.library.impl("lct::norm_rope_append_", "default")
 def _append(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, *options):
     q, k, v = _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, *options)
     k_cache[slots] = k
     v_cache[slots] = v
     return q
+
+
+torch.library.impl("lct::norm_rope_join", "default", _join)
+torch.library.impl("lct::norm_rope_join_backward", "default", _join_backward)
+torch.library.impl("lct::norm_rope_append_", "default", _append)
 
 
 @torch.library.register_fake("lct::norm_rope_join")

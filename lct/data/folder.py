@@ -1,0 +1,95 @@
+"""A data set of scene folders on disk, drawn from like the toy scenes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lct.data.scenefile import MAX_SHOTS, SCENE, load_shot, read_scene, video_shape
+from lct.data.scenes import SceneSample, ShotSample
+
+KINDS = ("single", "cut", "no_cut")
+
+
+class SceneFolder:
+    """Scenes under `root`, at any depth, whose shots all have latents; a sample reads from disk only what it shows.
+
+    root       folder that holds scene folders, such as `ingest` writes
+    max_shots  most shots of a sample, 2 to 9
+    Raises FileNotFoundError where no scene is found, ValueError for a scene file that is wrong or lacks latents.
+    """
+
+    def __init__(self, root: str | Path, max_shots: int = MAX_SHOTS):
+        if not 2 <= max_shots <= MAX_SHOTS:
+            raise ValueError(f"max_shots: expected 2 to {MAX_SHOTS}, got {max_shots}; choose one of these")
+        self.root, self.max_shots = Path(root), max_shots
+        self.folders = _scene_folders(self.root)
+        self.scenes = [read_scene(folder) for folder in self.folders]
+        self._lengths = [
+            [video_shape(folder, scene, i)[0] for i in range(len(scene.shots))]
+            for folder, scene in zip(self.folders, self.scenes, strict=True)
+        ]
+
+    def sample(self, kind: str, rng: np.random.Generator, shots: int | None = None) -> SceneSample:
+        """Draw one scene; `rng` advances.
+
+        kind   "single": one shot on its own, without global prompt; "cut": consecutive shots of a scene with cuts;
+               "no_cut": one shot divided in time into parts of about equal length, without cuts
+        shots  their number; by default as many as the scene has, up to max_shots, and two parts of a divided shot
+
+        Raises ValueError where the folders hold nothing of this kind and number.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}; choose one of these")
+        if shots is not None and not 1 <= shots <= MAX_SHOTS:
+            raise ValueError(f"shots: expected 1 to {MAX_SHOTS}, got {shots}; choose one of these")
+        places = self._places(kind, shots or 2)
+        if not places:
+            need = f"a scene of {shots or 2} shots with cuts" if kind == "cut" else f"a shot of {shots or 2} frames"
+            raise ValueError(f"{self.root}: expected {need} for kind {kind!r}, got none; ingest more film")
+        scene, first = places[int(rng.integers(len(places)))]
+        if kind == "cut":
+            return self._consecutive(scene, rng, shots)
+        return self._single(scene, first) if kind == "single" else self._divided(scene, first, shots or 2)
+
+    def _places(self, kind: str, least: int) -> list[tuple[int, int]]:
+        """(scene, shot) of everything a sample of this kind can begin from."""
+        if kind == "cut":
+            with_cuts = enumerate([shot.cut for shot in scene.shots] for scene in self.scenes)
+            return [(i, 0) for i, cuts in with_cuts if all(cuts) and len(cuts) >= least]
+        shots = [(i, s, frames) for i, lengths in enumerate(self._lengths) for s, frames in enumerate(lengths)]
+        return [(i, s) for i, s, frames in shots if kind == "single" or frames >= least]
+
+    def _single(self, scene: int, index: int) -> SceneSample:
+        return SceneSample(None, (replace(self._shot(scene, index), cut=False),))
+
+    def _consecutive(self, scene: int, rng: np.random.Generator, shots: int | None) -> SceneSample:
+        have = len(self.scenes[scene].shots)
+        count = shots or min(have, self.max_shots)
+        first = int(rng.integers(have - count + 1))
+        return SceneSample(self._prompt(scene), tuple(self._shot(scene, first + i) for i in range(count)))
+
+    def _divided(self, scene: int, index: int, parts: int) -> SceneSample:
+        shot = self._shot(scene, index)
+        # images are in order of time, so an equal share of them falls to each part
+        pieces = zip(np.array_split(shot.latents, parts), np.array_split(shot.images, parts), strict=True)
+        segments = tuple(ShotSample(latents, shot.prompt, False, images) for latents, images in pieces)
+        return SceneSample(self._prompt(scene), segments)
+
+    def _shot(self, scene: int, index: int) -> ShotSample:
+        return load_shot(self.folders[scene], self.scenes[scene], index)
+
+    def _prompt(self, scene: int) -> str | None:
+        shared = self.scenes[scene].global_prompt
+        return None if shared is None else shared.text()
+
+
+def _scene_folders(root: Path) -> list[Path]:
+    # a name with a leading dot is a folder that its writer did not finish
+    found = [path.parent for path in root.rglob(SCENE)]
+    folders = sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(root).parts))
+    if not folders:
+        raise FileNotFoundError(f"{root}: expected folders that hold {SCENE}, found none; make some with lct ingest")
+    return folders

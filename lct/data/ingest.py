@@ -1,0 +1,231 @@
+"""Films to scene folders: cuts, scenes, and latents of every shot (§ 3.2.1 data processing; § 4 native sizes).
+
+The film is decoded twice, small to find cuts and scenes, then at the training size, so that only small frames and the
+latents of one shot are in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from lct.data.atomic import check_vacant, new_folder
+from lct.data.latents import PixelCodec
+from lct.data.scenefile import MAX_SHOTS, GlobalPrompt, SceneFile, ShotEntry, write_scene
+from lct.data.video import iterate_video, read_video, video_package
+
+Span = tuple[int, int]
+
+THUMBNAIL = 160
+# On real film the weakest cut changes 3.1 times as much as the frames around it, the strongest camera motion 1.8 times;
+# a change of less than 5 of 255 is noise or a key frame of the encoder, however still its surroundings are.
+CUT_RATIO, CUT_CHANGE = 2.5, 5.0
+SHORTEST_SHOT = 0.2
+SCENE_DISTANCE = 0.4
+HUES, SATURATIONS, VALUES = 16, 4, 4
+IMAGES = 4
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What became of a film.
+
+    fps, frames  of the film
+    cuts         first frame of every shot but the first
+    scenes       per scene, per shot: (first frame, end)
+    sizes        per scene, per shot: (T, H, W) in latent pixels
+    durations    per scene, per shot: seconds in the film
+    """
+
+    fps: float
+    frames: int
+    cuts: tuple[int, ...]
+    scenes: tuple[tuple[Span, ...], ...]
+    sizes: tuple[tuple[tuple[int, int, int], ...], ...]
+    durations: tuple[tuple[float, ...], ...]
+
+
+def ingest(
+    path: str | Path,
+    out: str | Path,
+    *,
+    side: int = 480,
+    stride: int = 8,
+    patch: int = 2,
+    fps: float = 8.0,
+    max_frames: int = 64,
+    max_shots: int = MAX_SHOTS,
+) -> IngestReport:
+    """Cut a film into scenes of shots and write `out/scene-000/`, `out/scene-001/`, …, all of them or nothing.
+
+    side        frames get the area side · side in pixels, with the film's aspect ratio (§ 4: 480)
+    stride      pixels per latent pixel of the codec
+    patch       latent pixels per patch; height and width are rounded to multiples of patch · stride
+    fps         frames per second that a shot's latents show; at most the film's
+    max_frames  most latent frames of a shot; what comes after them is left out
+    max_shots   most shots of a scene
+
+    Each folder holds a scene file with empty prompts, and per shot `shot-N.video` [T, H, W, C] and `shot-N.images`
+    [K, H, W, C], up to 4 of its frames encoded as images. Deterministic. Raises what `read_video` raises, and
+    ValueError for arguments out of range and where `out` exists and is not empty.
+    """
+    check_vacant(out)
+    _check_positive(side=side, stride=stride, patch=patch, fps=fps, max_frames=max_frames, max_shots=max_shots)
+    small = read_video(path, resize=_thumbnail)
+    if fps > small.fps:
+        raise ValueError(f"fps: expected at most the film's {small.fps:g} frames per second, got {fps:g}; lower it")
+    cuts = find_cuts(small.frames, small.fps)
+    scenes = group_scenes(small.frames, cuts, max_shots)
+    shots = [_plan(span, small.fps / fps, max_frames) for spans in scenes for span in spans]
+    codec = PixelCodec(stride)
+    encoded = _encode(path, shots, codec, side, patch * stride)
+    sizes = []
+    with new_folder(out) as folder:
+        for i, spans in enumerate(scenes):
+            latents, entries = {}, []
+            for s, (shot, video, images) in enumerate(next(encoded) for _ in spans):
+                latents |= {f"shot-{s}.video": video, f"shot-{s}.images": images}
+                entries.append(ShotEntry("", len(spans) > 1, video.shape[:3], media=f"shot-{s}", frames=shot.span))
+            scene = SceneFile(GlobalPrompt(), tuple(entries), fps, Path(path).name, codec.name)
+            write_scene(folder / f"scene-{i:03d}", scene, latents)
+            sizes.append(tuple(entry.size for entry in entries))
+    durations = tuple(tuple((end - start) / small.fps for start, end in spans) for spans in scenes)
+    return IngestReport(
+        small.fps, len(small.frames), tuple(cuts), tuple(map(tuple, scenes)), tuple(sizes), durations
+    )
+
+
+def find_cuts(frames: Iterable[np.ndarray], fps: float) -> list[int]:
+    """First frame of every shot but the first, by PySceneDetect's AdaptiveDetector.
+
+    frames  uint8 [N, H, W, 3] in RGB, or any iterable of [H, W, 3]; only about 160 pixels a side are looked at
+
+    A cut is where hue, saturation and value change by at least 2.5 times the mean change of the two frames before and
+    after, so that neither fast motion nor a fixed threshold decides. No shot is shorter than 0.2 s but the last.
+    """
+    detectors, common = video_package("scenedetect.detectors"), video_package("scenedetect.common")
+    detector = detectors.AdaptiveDetector(
+        adaptive_threshold=CUT_RATIO, min_content_val=CUT_CHANGE, min_scene_len=max(round(SHORTEST_SHOT * fps), 1)
+    )
+    cuts = []
+    for i, frame in enumerate(frames):
+        step = max(round(max(frame.shape[:2]) / THUMBNAIL), 1)
+        cuts += detector.process_frame(common.FrameTimecode(i, fps), np.ascontiguousarray(frame[::step, ::step, ::-1]))
+    return [cut.frame_num for cut in cuts]
+
+
+def group_scenes(frames: np.ndarray, cuts: list[int], max_shots: int = MAX_SHOTS) -> list[list[Span]]:
+    """Shots as (first frame, end), grouped into scenes.
+
+    frames  uint8 [N, H, W, 3] in RGB; cuts as of `find_cuts`
+
+    A shot opens a new scene where the colour histogram of its frames shares less than 60 % with the mean histogram of
+    the scene so far (1 − Σ min > 0.4). A run longer than `max_shots` is divided into parts of about equal length.
+    """
+    bounds = [0, *cuts, len(frames)]
+    runs: list[list[Span]] = []
+    seen: list[np.ndarray] = []
+    for span in pairwise(bounds):
+        colours = _colours([frames[i] for i in _spread(span, 3)])
+        if not runs or 1 - np.minimum(colours, np.mean(seen, axis=0)).sum() > SCENE_DISTANCE:
+            runs.append([])
+            seen = []
+        runs[-1].append(span)
+        seen.append(colours)
+    return [part for run in runs for part in _parts(run, max_shots)]
+
+
+def _parts(run: list[Span], most: int) -> list[list[Span]]:
+    count = math.ceil(len(run) / most)
+    edges = [round(i * len(run) / count) for i in range(count + 1)]
+    return [run[start:end] for start, end in pairwise(edges)]
+
+
+def _spread(span: Span, count: int) -> list[int]:
+    """Up to `count` frames of a shot, each in the middle of an equal part of it."""
+    start, end = span
+    count = min(count, end - start)
+    return [start + (2 * i + 1) * (end - start) // (2 * count) for i in range(count)]
+
+
+def _colours(frames: list[np.ndarray]) -> np.ndarray:
+    """Joint histogram of hue, saturation and value of frames [H, W, 3], float32 [16, 4, 4] that sums to 1.
+
+    A pixel is shared between neighbouring bins, and grey spreads over all hues: neither a small change of light nor the
+    noise of a grey pixel's hue moves it far.
+    """
+    cv2 = video_package("cv2")
+    small = [cv2.resize(frame, (32, 32), interpolation=cv2.INTER_AREA) for frame in frames]
+    pixels = np.concatenate(small).astype(np.float32) / 255
+    hue, saturation, value = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV).reshape(-1, 3).T
+    colourful = np.minimum(8 * saturation * value, 1)[:, None]
+    turns = (hue[:, None] / 360 * HUES - 0.5 - np.arange(HUES) + HUES / 2) % HUES - HUES / 2
+    hues = colourful * np.maximum(1 - np.abs(turns), 0) + (1 - colourful) / HUES
+    joint = np.einsum("ph,ps,pv->hsv", hues, _shares(saturation, SATURATIONS), _shares(value, VALUES), optimize=True)
+    return joint / joint.sum()
+
+
+def _shares(values: np.ndarray, bins: int) -> np.ndarray:
+    """How much each of P values in [0, 1] belongs to each bin, linear in between; float32 [P, bins]."""
+    place = np.clip(values * bins - 0.5, 0, bins - 1)
+    return np.maximum(1 - np.abs(place[:, None] - np.arange(bins)), 0)
+
+
+def _thumbnail(height: int, width: int) -> tuple[int, int]:
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
+def fit(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
+    """Height and width of about side² pixels with the aspect ratio kept, rounded to multiples."""
+    scale = side / math.sqrt(height * width)
+    height, width = (max(round(edge * scale / multiple), 1) * multiple for edge in (height, width))
+    return height, width
+
+
+@dataclass(frozen=True)
+class _Shot:
+    """Which frames of the film a shot's latents show; span covers all of them."""
+
+    span: Span
+    video: tuple[int, ...]
+    images: tuple[int, ...]
+
+
+def _plan(span: Span, step: float, max_frames: int) -> _Shot:
+    """Every `step`-th frame of a shot, from its first, at most `max_frames` of them."""
+    start, end = span
+    count = min(math.ceil((end - start) / step), max_frames)
+    end = min(end, start + math.ceil(count * step))
+    return _Shot((start, end), tuple(start + int(i * step) for i in range(count)), tuple(_spread((start, end), IMAGES)))
+
+
+def _encode(
+    path: str | Path, shots: list[_Shot], codec: PixelCodec, side: int, multiple: int
+) -> Iterator[tuple[_Shot, np.ndarray, np.ndarray]]:
+    """Yield every shot with its video latents [T, H, W, C] and image latents [K, H, W, C], decoding the film once."""
+    film = enumerate(iterate_video(path, resize=lambda height, width: fit(height, width, side, multiple)))
+    for shot in shots:
+        wanted = {*shot.video, *shot.images}
+        frames = {}
+        for i, frame in film:
+            if i in wanted:
+                frames[i] = frame
+            if i == shot.span[1] - 1:
+                break
+        video = codec.encode(np.stack([frames[i] for i in shot.video]))
+        images = [codec.encode_image(frames[i]).numpy() for i in shot.images]
+        yield shot, video.numpy(), np.stack(images)
+
+
+def _check_positive(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {value}; see its meaning in `ingest`")
+    if arguments["max_shots"] > MAX_SHOTS:
+        raise ValueError(f"max_shots: expected at most {MAX_SHOTS}, got {arguments['max_shots']}; lower it")

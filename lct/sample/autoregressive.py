@@ -1,0 +1,185 @@
+"""Shot by shot: each new shot is denoised over the shots before it (paper § 3.3, § 3.4, Fig. 4 a.2, b).
+
+The history is either kept as keys and values (`CachedHistory`, context-causal weights) or computed anew in every step
+(`RecomputedHistory`, any visibility). Both give the same shots where both can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lct.layout import Geometry, SceneLayout
+from lct.model import KVCache, MMDiT
+from lct.sample.request import (
+    START,
+    Prompted,
+    Sampling,
+    SceneRequest,
+    ShotRequest,
+    as_history,
+    features,
+    guided,
+    shot_noise,
+)
+
+
+class _History:
+    """The shots that stand, scene by scene, and the velocity of a new one that sees them."""
+
+    def __init__(self, model: MMDiT, scenes: int, sampling: Sampling, visibility: str, impl: str):
+        self.model, self.sampling, self.visibility, self.impl = model, sampling, visibility, impl
+        self.shots: list[list[Prompted]] = [[] for _ in range(scenes)]
+        self.device = model.video_out.weight.device
+
+    def _layout(self, new: Sequence[Prompted]) -> SceneLayout:
+        scenes = [[p.shot for p in (*old, shot)] for old, shot in zip(self.shots, new, strict=True)]
+        return SceneLayout(scenes, self.visibility)
+
+    def _text(self, prompted: Sequence[Prompted]) -> Tensor:
+        return features(self.model, prompted, self.device)
+
+    def _remember(self, new: Sequence[Prompted]) -> None:
+        for scene, shot in zip(self.shots, new, strict=True):
+            scene.append(shot)
+
+
+class CachedHistory(_History):
+    """Keys and values of the history, written once when a shot is committed."""
+
+    def __init__(
+        self, model: MMDiT, scenes: int, capacity: int, sampling: Sampling, visibility: str = "context_causal", impl: str = "auto"
+    ):
+        super().__init__(model, scenes, sampling, visibility, impl)
+        self.cache = KVCache(model.config, scenes, capacity, model.video_out.weight.dtype, self.device)
+
+    def begin(self, new: Sequence[Prompted], null: Sequence[Prompted] | None) -> None:
+        """Make ready to denoise one new shot per scene; `null` are the same shots with the null prompt, for guidance."""
+        alternatives = [p.shot for p in null] if null else None
+        self._geometry = self._tail(new, alternatives)
+        branches = [p for pair in zip(new, null, strict=True) for p in pair] if null else new
+        self._features, self._copies = self._text(branches), 2 if null else 1
+
+    def velocity(self, z: Sequence[Tensor], times: Tensor) -> list[tuple[Tensor, ...]]:
+        """Per scene, the velocity of its new shot, and of its null branch where there is one."""
+        video = torch.cat([x for x in z for _ in range(self._copies)])
+        per_shot = times.repeat_interleave(self._copies).to(self.device)
+        v = self.model(video, self._features, per_shot, self._geometry, self.cache, self.impl)
+        parts = v.split([len(x) for x in z for _ in range(self._copies)])
+        return [parts[i : i + self._copies] for i in range(0, len(parts), self._copies)]
+
+    def commit(self, new: Sequence[Prompted], latents: Sequence[Tensor], time: float) -> None:
+        """One pass over the finished shots at `time` writes the keys and values that later shots see."""
+        times = torch.full((len(new),), time, device=self.device)
+        self.model(torch.cat(list(latents)), self._text(new), times, self._tail(new, None), self.cache, self.impl)
+        self._remember(new)
+        self.cache.commit()
+
+    def _tail(self, new, alternatives) -> Geometry:
+        scale = self.sampling.text_scale
+        return self._layout(new).tail(self.cache.shots, self.cache.capacity, alternatives, self.device, scale)
+
+
+class RecomputedHistory(_History):
+    """Every step runs the whole scene; needs no cache and works with bidirectional weights too (Fig. 4 a.2)."""
+
+    def __init__(self, model: MMDiT, scenes: int, sampling: Sampling, visibility: str, impl: str = "auto"):
+        super().__init__(model, scenes, sampling, visibility, impl)
+        self.latents: list[list[Tensor]] = [[] for _ in range(scenes)]
+        self.times: list[float] = []
+
+    def begin(self, new: Sequence[Prompted], null: Sequence[Prompted] | None) -> None:
+        """See `CachedHistory.begin`; here a null branch is a scene of its own."""
+        self._branches = [new, null] if null else [new]
+        scenes = [scene for branch in self._branches for scene in self._layout(branch).scenes]
+        layout = SceneLayout(scenes, self.visibility)
+        self._geometry = layout.geometry(self.device, self.sampling.text_scale)
+        prompted = [p for branch in self._branches for old, p1 in zip(self.shots, branch, strict=True) for p in (*old, p1)]
+        self._features = self._text(prompted)
+
+    def velocity(self, z: Sequence[Tensor], times: Tensor) -> list[tuple[Tensor, ...]]:
+        rows = [x for old, new in zip(self.latents, z, strict=True) for x in (*old, new)]
+        per_shot = torch.cat([torch.tensor([*self.times, float(t)], dtype=times.dtype) for t in times])
+        copies = len(self._branches)
+        v = self.model(
+            torch.cat(rows * copies), self._features, per_shot.repeat(copies).to(self.device), self._geometry, impl=self.impl
+        )
+        parts = v.split([len(x) for x in rows] * copies)[len(self.times) :: len(self.times) + 1]
+        return list(zip(*(parts[i * len(z) : (i + 1) * len(z)] for i in range(copies)), strict=True))
+
+    def commit(self, new: Sequence[Prompted], latents: Sequence[Tensor], time: float) -> None:
+        self._remember(new)
+        for scene, rows in zip(self.latents, latents, strict=True):
+            scene.append(rows)
+        self.times.append(time)
+
+
+@torch.no_grad()
+def autoregressive(
+    model: MMDiT,
+    scenes: Sequence[SceneRequest],
+    sampling: Sampling,
+    visibility: str = "context_causal",
+    cached: bool = True,
+    impl: str = "auto",
+) -> list[list[Tensor]]:
+    """Generate every scene shot by shot: global prompt and given shots enter the history at t = 0, generated ones at t_c.
+
+    scenes      as many shots in each; a given shot may stand anywhere, and is seen by the shots after it
+    visibility  "context_causal", "isolated" or, without a cache, "bidirectional"
+    cached      keep keys and values of the history; False computes it anew in every step
+
+    Returns, per scene and shot, latents as packed patches [T·H·W, patch channels]; given ones bitwise as they were.
+    """
+    if len({(len(scene.shots), scene.global_prompt is None) for scene in scenes}) != 1:
+        raise ValueError("scenes: expected as many shots in each, and a global prompt in all or none; split them")
+    new_columns = [[Prompted.of(model, scene.shots[i]) for scene in scenes] for i in range(len(scenes[0].shots))]
+    prompts = [Prompted.global_prompt(model, s.global_prompt) for s in scenes if s.global_prompt is not None]
+    if cached:
+        columns = [*new_columns, prompts] if prompts else new_columns
+        rows = [sum(column[b].shot.rows for column in columns) for b in range(len(scenes))]
+        spare = max(p.shot.rows for column in new_columns for p in column) if sampling.guidance != 1 else 0
+        history = CachedHistory(model, len(scenes), max(rows) + spare, sampling, visibility, impl)
+    else:
+        history = RecomputedHistory(model, len(scenes), sampling, visibility, impl)
+    like = model.video_out.weight
+    if prompts:
+        history.commit(prompts, [like.new_zeros(1, model.config.patch_channels)] * len(scenes), 0.0)
+    finished: list[list[Tensor]] = [[] for _ in scenes]
+    for index, new in enumerate(new_columns):
+        requests = [scene.shots[index] for scene in scenes]
+        latents = _finish(model, history, new, requests, sampling)
+        last = index == len(new_columns) - 1
+        given = {request.given is not None for request in requests}
+        if not last:
+            time = 0.0 if given == {True} else sampling.history_time
+            kept = [x if r.given is not None else as_history(x, r, time) for x, r in zip(latents, requests, strict=True)]
+            history.commit(new, kept, time)
+        for scene, x in zip(finished, latents, strict=True):
+            scene.append(x)
+    return finished
+
+
+def _finish(
+    model: MMDiT,
+    history: CachedHistory | RecomputedHistory,
+    new: Sequence[Prompted],
+    requests: Sequence[ShotRequest],
+    sampling: Sampling,
+) -> list[Tensor]:
+    """The finished latents of one shot per scene, given or denoised."""
+    like = model.video_out.weight
+    if all(request.given is not None for request in requests):
+        return [request.given.to(like) for request in requests]  # type: ignore[union-attr]
+    if any(request.given is not None for request in requests):
+        raise ValueError("given: expected the same shots to be given in every scene of a batch; split the scenes")
+    null = [Prompted.of(model, r, "") for r in requests] if sampling.guidance != 1 else None
+    history.begin(new, null)
+    z = [shot_noise(request, START, model.config.patch_channels, like) for request in requests]
+    for now, then in sampling.times([p.shot for p in new]):
+        for b, v in enumerate(history.velocity(z, now)):
+            step = (then[b] - now[b]).to(like)
+            z[b] = z[b] + step * (v[0] if len(v) == 1 else guided(v[0], v[1], sampling.guidance))
+    return z

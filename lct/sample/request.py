@@ -1,0 +1,129 @@
+"""What to generate, and how: requests, seeds, the steps of denoising and guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lct.data.batch import pack_tokens
+from lct.data.latents import patchify
+from lct.data.scenes import SceneSample, shot_prompt
+from lct.layout import GLOBAL_VIDEO, Shot
+from lct.model import MMDiT
+from lct.model.flow import shift_time, shot_shift
+
+START, HISTORY = 0, 1  # the two noises of a shot: where denoising begins, and what it is perturbed with as history
+
+Times = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ShotRequest:
+    """One shot to generate, or one that is given.
+
+    prompt  the text the model reads, `[SHOT CUT]` included where it follows a cut
+    video   (T, H, W) in patches
+    seed    of this shot alone: its noise does not depend on the other shots
+    given   clean latents as packed patches [T·H·W, patch channels]; None for a shot to generate
+    """
+
+    prompt: str
+    video: tuple[int, int, int]
+    seed: int
+    given: Tensor | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class SceneRequest:
+    """Shots that belong together, and the global prompt, or None where there is none."""
+
+    global_prompt: str | None
+    shots: tuple[ShotRequest, ...]
+
+    @classmethod
+    def like(cls, sample: SceneSample, patch: tuple[int, int, int], seed: int, given: Sequence[int] = ()) -> SceneRequest:
+        """The request for a scene like `sample`: its prompts and sizes, the shots in `given` with their media."""
+        shots = []
+        for index, shot in enumerate(sample.shots):
+            size = tuple(n // p for n, p in zip(shot.latents.shape, patch, strict=False))
+            rows = patchify(torch.from_numpy(shot.latents), patch) if index in given else None
+            prompt = shot_prompt(shot.prompt, shot.cut)
+            shots.append(ShotRequest(prompt, size, seed + index, rows))  # type: ignore[arg-type]
+        return cls(sample.global_prompt, tuple(shots))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to denoise.
+
+    steps         Euler steps from t = 1 to t = 0
+    guidance      w in v = v_null + w (v_prompt − v_null), where the null branch drops the prompts of the shots being
+                  made and keeps history and global prompt; 1 is without guidance
+    history_time  t_c, the noise level of generated shots as history; 0.1 to 0.5 in the paper (§ 4.2)
+    shift         s of the time shift, and `shift_rows`, the number of video rows it is for; 0: the same for all shots
+    text_scale    λ of the positions the weights were trained with
+    """
+
+    steps: int = 20
+    guidance: float = 1.0
+    history_time: float = 0.1
+    shift: float = 1.0
+    shift_rows: int = 0
+    text_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if not 0 <= self.history_time < 1:
+            raise ValueError(f"history_time: expected 0 <= t_c < 1, got {self.history_time}")
+
+    def times(self, shots: Sequence[Shot]) -> Iterator[Times]:
+        """(t now, t next) of each shot, step by step: one u for all of them, each mapped through its own shift."""
+        shifts = torch.tensor([shot_shift(self.shift, shot.video_rows, self.shift_rows) for shot in shots])
+        u = torch.linspace(1, 0, self.steps + 1)
+        t = [shift_time(value, shifts) for value in u]
+        return zip(t[:-1], t[1:], strict=True)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A shot of the layout with its tokens."""
+
+    shot: Shot
+    ids: list[int]
+
+    @classmethod
+    def of(cls, model: MMDiT, request: ShotRequest, prompt: str | None = None) -> Prompted:
+        ids = model.text_encoder.tokenize(request.prompt if prompt is None else prompt)
+        return cls(Shot(len(ids), request.video), ids)
+
+    @classmethod
+    def global_prompt(cls, model: MMDiT, prompt: str) -> Prompted:
+        ids = model.text_encoder.tokenize(prompt)
+        return cls(Shot(len(ids), GLOBAL_VIDEO, "global"), ids)
+
+
+def features(model: MMDiT, prompted: Sequence[Prompted], device: torch.device) -> Tensor:
+    """Text features of shots in row order, [S_text, text_channels]."""
+    ids, places = pack_tokens([p.ids for p in prompted])
+    return model.text_encoder(ids.to(device), places.to(device))
+
+
+def shot_noise(request: ShotRequest, purpose: int, channels: int, like: Tensor) -> Tensor:
+    """Noise [T·H·W, channels] of a shot, drawn from its seed and nothing else."""
+    rows = request.video[0] * request.video[1] * request.video[2]
+    draw = np.random.default_rng([request.seed, purpose]).standard_normal((rows, channels), np.float32)
+    return torch.from_numpy(draw).to(like)
+
+
+def as_history(clean: Tensor, request: ShotRequest, time: float) -> Tensor:
+    """A finished shot perturbed to t_c, with noise drawn once from the shot's seed (§ 4.2)."""
+    return torch.lerp(clean, shot_noise(request, HISTORY, clean.shape[1], clean), time)
+
+
+def guided(prompted: Tensor, null: Tensor, guidance: float) -> Tensor:
+    return torch.lerp(null, prompted, guidance)

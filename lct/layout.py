@@ -71,6 +71,7 @@ class Shot:
         return text_scale * self.text + max(self.video)
 
 
+MAX_ROWS = 2**31 - 1  # row numbers are int32 in the plan; offsets are int64 before the first multiply
 GLOBAL_VIDEO = (1, 1, 1)  # one zero latent, time 0: the dummy video of a global prompt (§ 3.2.2 leaves its size open)
 
 
@@ -218,10 +219,17 @@ class SceneLayout:
         forward = 4 * self.pairs * heads * head_dim
         return forward * 5 // 2 if backward else forward
 
+    def _one_each(self, name: str, values: object) -> None:
+        got = len(values) if isinstance(values, Sequence) else values
+        if got != len(self.scenes):
+            raise ValueError(f"{name}: expected one for each of {len(self.scenes)} scenes, got {got}")
+
     # -- positions and streams -----------------------------------------------------------------------------------
 
     def origins(self, text_scale: float = 1.0) -> tuple[float, ...]:
         """Offset p of every shot along the space diagonal; each scene starts at 0 (Fig. 3b)."""
+        if not 0 <= text_scale < float("inf"):
+            raise ValueError(f"text_scale: expected a finite number of at least 0, got {text_scale}")
         return tuple(
             origin
             for scene in self.scenes
@@ -251,15 +259,13 @@ class SceneLayout:
 
         sees  for an explicit selection: per scene, the earlier shots that the new one sees
         """
-        if len(shots) != len(self.scenes):
-            raise ValueError(f"shots: expected one for each of {len(self.scenes)} scenes, got {len(shots)}")
+        self._one_each("shots", shots)
         scenes = [(*scene, shot) for scene, shot in zip(self.scenes, shots, strict=True)]
         if isinstance(self.visibility, str):
             if sees is not None:
                 raise ValueError(f"sees: only an explicit selection takes it, visibility is {self.visibility!r}")
             return SceneLayout(scenes, self.visibility)
-        if sees is None or len(sees) != len(self.scenes):
-            raise ValueError(f"sees: expected the earlier shots to see for each of {len(self.scenes)} scenes, got {sees}")
+        self._one_each("sees", sees)
         selection = [(*scene, new) for scene, new in zip(self.visibility, sees, strict=True)]
         return SceneLayout(scenes, selection)
 
@@ -282,6 +288,9 @@ class SceneLayout:
         """
         if self.visibility == "bidirectional":
             raise ValueError("visibility: a cache needs context_causal, isolated or a selection, got 'bidirectional'")
+        first = _size("first", first)
+        if alternatives is not None:
+            self._one_each("alternatives", alternatives)
         shots: list[Shot] = []
         origins: list[float] = []
         slots: list[Interval] = []
@@ -298,10 +307,10 @@ class SceneLayout:
             at += shot.rows
 
         for b, scene in enumerate(self.scenes):
-            if not 0 <= first < len(scene):
+            if first >= len(scene):
                 raise ValueError(f"first: expected a shot of scene {b}, which has {len(scene)}, got {first}")
             starts = tuple(accumulate((shot.rows for shot in scene), initial=0))
-            needed = starts[-1] + (alternatives[b].rows if alternatives else 0)
+            needed = starts[-1] + (alternatives[b].rows if alternatives is not None else 0)
             if needed > capacity:
                 raise ValueError(
                     f"capacity: scene {b} needs {needed} cache rows, got {capacity}; allocate a larger cache or rewind"
@@ -310,7 +319,7 @@ class SceneLayout:
             for index in range(first, len(scene)):
                 sees = [(base + i, base + j) for i, j in self._scene_intervals(b, index)]
                 add(scene[index], all_origins[self.first_shots[b] + index], base + starts[index], sees)
-            if alternatives:
+            if alternatives is not None:
                 slot, own = base + starts[-1], (base + starts[-2], base + starts[-1])
                 history = _without(runs[-1].sees, own)
                 add(alternatives[b], origins[-1], slot, (*history, (slot, slot + alternatives[b].rows)))
@@ -334,8 +343,17 @@ def _without(intervals: Sequence[Interval], cut: Interval) -> tuple[Interval, ..
     return merge_intervals((*before, *after))
 
 
-def _scenes(scenes: Iterable[Iterable[Shot]]) -> tuple[tuple[Shot, ...], ...]:
-    packed = tuple(tuple(scene) for scene in scenes)
+def _items(name: str, values: object, wanted: str) -> tuple:
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise TypeError(f"{name}: expected {wanted}, got {values!r}")
+    return tuple(values)
+
+
+def _scenes(scenes: object) -> tuple[tuple[Shot, ...], ...]:
+    packed = tuple(
+        _items(f"scenes: scene {b}", scene, "a list of shots (scenes are a list of lists)")
+        for b, scene in enumerate(_items("scenes", scenes, "a list of scenes, each a list of shots"))
+    )
     if not packed:
         raise ValueError("scenes: expected at least one scene, got none")
     for b, scene in enumerate(packed):
@@ -346,6 +364,9 @@ def _scenes(scenes: Iterable[Iterable[Shot]]) -> tuple[tuple[Shot, ...], ...]:
                 raise TypeError(f"scenes: scene {b}, shot {index}: expected a Shot, got {shot!r}")
             if shot.role == "global" and index:
                 raise ValueError(f"scenes: scene {b}: the global prompt must be shot 0, got it as shot {index}")
+    rows = sum(shot.rows for scene in packed for shot in scene)
+    if rows > MAX_ROWS:
+        raise ValueError(f"scenes: expected at most {MAX_ROWS} rows, got {rows}; split the batch")
     return packed
 
 
@@ -354,19 +375,24 @@ def _visibility(visibility: object, scenes: tuple[tuple[Shot, ...], ...]) -> str
         if visibility not in VISIBILITIES:
             raise ValueError(f"visibility: expected one of {VISIBILITIES} or a selection, got {visibility!r}")
         return visibility
-    if not isinstance(visibility, Iterable):
-        raise TypeError(f"visibility: expected one of {VISIBILITIES} or a selection, got {visibility!r}")
-    selection = tuple(tuple(tuple(sorted(set(sees))) for sees in scene) for scene in visibility)
-    if len(selection) != len(scenes):
-        raise ValueError(f"visibility: expected a selection for each of {len(scenes)} scenes, got {len(selection)}")
-    for b, (scene, chosen) in enumerate(zip(scenes, selection, strict=True)):
-        if len(scene) != len(chosen):
-            raise ValueError(f"visibility: scene {b} has {len(scene)} shots, its selection {len(chosen)}")
-        for index, sees in enumerate(chosen):
-            wrong = [other for other in sees if not 0 <= _size(f"visibility: scene {b}, shot {index}", other) < index]
-            if wrong:
-                raise ValueError(f"visibility: scene {b}, shot {index} may select earlier shots only, got {wrong[0]}")
-    return selection
+    chosen = _items("visibility", visibility, f"one of {VISIBILITIES} or a selection per scene and shot")
+    if len(chosen) != len(scenes):
+        raise ValueError(f"visibility: expected a selection for each of {len(scenes)} scenes, got {len(chosen)}")
+    return tuple(_selection(b, scene, shots) for b, (scene, shots) in enumerate(zip(scenes, chosen, strict=True)))
+
+
+def _selection(b: int, scene: tuple[Shot, ...], chosen: object) -> tuple[tuple[int, ...], ...]:
+    shots = _items(f"visibility: scene {b}", chosen, "the earlier shots that each shot sees")
+    if len(scene) != len(shots):
+        raise ValueError(f"visibility: scene {b} has {len(scene)} shots, its selection {len(shots)}")
+    selection = []
+    for index, sees in enumerate(shots):
+        name = f"visibility: scene {b}, shot {index}"
+        others = {_size(name, other) for other in _items(name, sees, "a list of earlier shots")}
+        if others and max(others) >= index:
+            raise ValueError(f"{name} may select earlier shots only, got {max(others)}")
+        selection.append(tuple(sorted(others)))
+    return tuple(selection)
 
 
 @lru_cache(maxsize=256)

@@ -48,7 +48,7 @@ def assert_plan_covers(plan, visible):
 
 
 def assert_runs_partition(runs, rows):
-    """Kernels write every row, one that sees nothing too: runs meet end to start; neighbours that see the same are one."""
+    """Runs meet end to start, as kernels write every row, and neighbours that see the same are one run."""
     assert [0, *(run.end for run in runs)] == [*(run.start for run in runs), rows]
     assert all(run.start < run.end for run in runs)
     assert all(run.sees != following.sees for run, following in pairwise(runs))
@@ -154,7 +154,7 @@ def test_plan_refuses_impossible_query_rows(runs):
 
 @pytest.mark.parametrize("interval", [(0, 6), (-1, 2)])
 def test_plan_refuses_impossible_key_rows(interval):
-    with pytest.raises(ValueError, match="runs"):
+    with pytest.raises(ValueError, match="key intervals"):
         Plan.build([Run(0, 6, (interval,))], q_rows=6, k_rows=5)
 
 

@@ -76,9 +76,6 @@ def words(text):
     return re.findall(r"[A-Za-z-]+|\d+", text)
 
 
-# ---- reading back
-
-
 def test_truth_is_read_back():
     mean = read_back(draw())
     assert mean("colour_error") <= 0.04 and mean("background_error") <= 0.04
@@ -152,9 +149,9 @@ def test_anything_can_be_read(spread):
         reading = read_shot(0.5 + spread * rng.standard_normal((3, height, width, 3)))
         assert np.isfinite(reading.background_rgb).all() and not (reading.visible and spread <= 0.1)
         assert reading.character_rgb is None or np.isfinite(reading.character_rgb).all()
-
-
-# ---- what a scene is
+    for frames in (np.full((3, 16, 16, 3), np.nan), np.zeros((16, 16, 3))):
+        with pytest.raises(ValueError, match="frames: expected finite"):
+            read_shot(frames)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -229,9 +226,6 @@ def test_characters_stay_below_the_sky_and_move_as_far_as_they_should():
                 assert moved >= (2.5 if event.framing == "close-up" else 5)
 
 
-# ---- text
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_identity_is_never_in_the_text(preset):
     banned = COLOURS | {*SHAPES, *TEXTURES}
@@ -269,9 +263,6 @@ def test_vocabulary_is_small():
     assert len(known) <= 50
 
 
-# ---- evaluation and films
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_evaluation_scenes(preset):
     toy = ToyScenes(preset)
@@ -300,12 +291,16 @@ def test_film_has_its_cuts_where_it_says():
     assert at_cuts.min() > 2 * np.delete(change, np.array(film.cuts) - 1).max()
 
 
-def test_film_is_the_scene_enlarged():
-    scene = ToyScenes().evaluation_scene(0, seed=0, shots=2)
-    film = toy_film([scene], scale=2, frames_per_shot=(3,))
-    smaller = film.frames.reshape(6, 16, 2, 16, 2, 3).mean((2, 4)) / 255
+@pytest.mark.parametrize("kind", KINDS)
+def test_film_is_the_scene_enlarged(kind):
+    scene = ToyScenes().sample(kind, np.random.default_rng(1))
     frames = np.concatenate([to_frames(shot.latents) for shot in scene.shots])
+    film = toy_film([scene], scale=2, frames_per_shot=(3,))
+    smaller = film.frames.reshape(-1, 16, 2, 16, 2, 3).mean((2, 4)) / 255
     assert np.abs(smaller - frames).max() < 0.1
+    longer = toy_film([scene], scale=1, frames_per_shot=(12,)).frames / 255
+    assert np.abs(longer[0] - frames[0]).max() < 0.01
+    assert kind == "no_cut" or np.abs(longer[-1] - frames[-1]).max() < 0.01
     with pytest.raises(ValueError, match="one frame size"):
         toy_film([])
 

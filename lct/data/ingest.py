@@ -115,7 +115,8 @@ def find_cuts(frames: Iterable[np.ndarray], fps: float) -> list[int]:
     cuts = []
     for i, frame in enumerate(frames):
         step = max(round(max(frame.shape[:2]) / THUMBNAIL), 1)
-        cuts += detector.process_frame(common.FrameTimecode(i, fps), np.ascontiguousarray(frame[::step, ::step, ::-1]))
+        now = common.FrameTimecode(i, float(fps))
+        cuts += detector.process_frame(now, np.ascontiguousarray(frame[::step, ::step, ::-1]))
     return [cut.frame_num for cut in cuts]
 
 

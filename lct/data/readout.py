@@ -60,8 +60,12 @@ def read_shot(frames: np.ndarray) -> ShotReading:
     """Read a shot from its pixels.
 
     frames  [T, H, W, 3] in [0, 1]; values outside are clipped
+    Raises ValueError on another shape and on values that are not finite.
     """
-    frames = np.clip(np.asarray(frames, np.float32), 0, 1)
+    frames = np.asarray(frames, np.float32)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or not np.isfinite(frames).all():
+        raise ValueError(f"frames: expected finite values of shape [T, H, W, 3], got shape {list(frames.shape)}")
+    frames = np.clip(frames, 0, 1)
     _, height, width, _ = frames.shape
     luminance = frames[:, : sky_rows(height)].mean()
     light = min(LIGHTS, key=lambda name: abs(LIGHTS[name] - luminance))
@@ -140,13 +144,11 @@ def _fit(ground: np.ndarray, empty: np.ndarray, centroids: np.ndarray, pixels: f
     pixels     of this frame size to one of a 16 x 16 frame
     """
     best: tuple = (np.inf,)
-    for (framing, size), shape, soft in product(RADIUS.items(), SHAPES, (False, True)):
+    for (framing, size), shape in product(RADIUS.items(), SHAPES):
         centres = centroids - [CENTROIDS[shape] * size * pixels, 0]
-        cover, stripe = coverage(shape, centres, size * pixels, *ground.shape[1:3])
-        if soft:
-            cover, stripe = _soften(cover), _soften(stripe)
-        painted = ground - empty * (1 - cover)[..., None]
-        for texture in TEXTURES:
+        sharp = np.stack(coverage(shape, centres, size * pixels, *ground.shape[1:3]))
+        for (cover, stripe), texture in product((sharp, _soften(sharp)), TEXTURES):
+            painted = ground - empty * (1 - cover)[..., None]
             shown = paint(cover, stripe, texture)
             misfit = np.square(painted - shown[..., None] * _colour(painted, shown, shown)).sum()
             if misfit < best[0]:
@@ -157,10 +159,10 @@ def _fit(ground: np.ndarray, empty: np.ndarray, centroids: np.ndarray, pixels: f
 
 
 def _soften(cover: np.ndarray) -> np.ndarray:
-    """Blur [T, h, W] over three pixels in y and x, as generated frames often are."""
-    padded = np.pad(cover, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
-    return (rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 16
+    """Blur [..., h, W] over three pixels in y and x, as generated frames often are."""
+    padded = np.pad(cover, [(0, 0)] * (cover.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
+    rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
 
 
 def _colour(painted: np.ndarray, shown: np.ndarray, weight: np.ndarray) -> np.ndarray:

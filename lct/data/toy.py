@@ -35,7 +35,7 @@ ROLES = ("wanderer", "traveller", "dancer")
 # Pixels on a 16 x 16 frame, whose free area below the sky is 13 high; other sizes scale with that area's shorter side.
 AREA = 13.0
 RADIUS = {"wide shot": 2.7, "close-up": 4.6}
-TRAVEL = {"wide shot": 5.0, "close-up": 2.5}
+TRAVEL = {"wide shot": 4.0, "close-up": 2.0}
 ESTABLISHING = "establishing shot"
 SUPERSAMPLING = 4
 MAX_SHOTS = 9
@@ -45,7 +45,10 @@ EVALUATION = 0x4C43_5445
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """How hard the scenes are: what there is to remember, and how much the shots vary in size."""
+    """How hard the scenes are: what there is to remember, and how much the shots vary in size and place.
+
+    grid  characters start on multiples of so many pixels; 0: anywhere
+    """
 
     characters: int = 1
     shapes: tuple[str, ...] = SHAPES[:2]
@@ -53,10 +56,11 @@ class ToyConfig:
     frames: tuple[int, ...] = (3,)
     sizes: tuple[tuple[int, int], ...] = ((16, 16),)
     establishing: float = 0.1
+    grid: int = 0
 
 
 PRESETS = {
-    "one_character": ToyConfig(),
+    "one_character": ToyConfig(grid=2),
     "two_characters": ToyConfig(characters=2, shapes=SHAPES[:3], frames=(2, 3, 4)),
     "three_characters": ToyConfig(
         characters=3, shapes=SHAPES, textures=TEXTURES, frames=(2, 3, 4), sizes=((16, 16), (12, 20), (20, 12))
@@ -110,9 +114,6 @@ class ToyFilm:
     frames: np.ndarray
     cuts: tuple[int, ...]
     scene_starts: tuple[int, ...]
-
-
-# ---- geometry and rendering
 
 
 def sky_rows(height: int) -> int:
@@ -226,9 +227,6 @@ def to_frames(latents: np.ndarray) -> np.ndarray:
     return (latents + 1) / 2
 
 
-# ---- prompts
-
-
 def _shot_text(shot: ShotTruth) -> str:
     if shot.who is None:
         return f"{shot.framing} of the {shot.place}"
@@ -240,9 +238,6 @@ def _global_text(truth: ToyTruth) -> str:
     cast = [f"Character {i + 1}: a {ROLES[i]}." for i in range(len(truth.characters))]
     story = "Character 1 wanders about." if len(cast) == 1 else "They wander about."
     return " ".join([*cast, f"The scene is set {LIGHT_WORDS[truth.light]}.", story])
-
-
-# ---- scenes
 
 
 def _choose(rng: np.random.Generator, options: Sequence[Option]) -> Option:
@@ -332,8 +327,16 @@ class ToyScenes:
         motion = _choose(rng, list(MOTIONS))
         travel = (frames - 1) * step(framing, frames, *size) * np.asarray(MOTIONS[motion])
         low, high = _room(framing, size)
-        start = rng.uniform(low + np.maximum(-travel, 0), high - np.maximum(travel, 0))
+        start = self._place(rng, low + np.maximum(-travel, 0), high - np.maximum(travel, 0))
         return ShotTruth(who, motion, framing, place, (float(start[0]), float(start[1])))
+
+    def _place(self, rng: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """A point (y, x) between low and high, on the grid where it has points there."""
+        point, grid = rng.uniform(low, high), self.config.grid
+        if not grid:
+            return point
+        on_grid = np.clip(np.round(point / grid), np.ceil(low / grid), np.floor(high / grid)) * grid
+        return np.where((low <= on_grid) & (on_grid <= high), on_grid, point)
 
     def _long_shot(self, rng: np.random.Generator, frames: int, shots: int, size) -> tuple[ShotTruth, ...]:
         """Segments of one long shot. The character moves between the corners of a square, an edge per segment: there is
@@ -342,7 +345,7 @@ class ToyScenes:
         framing = _choose(rng, list(RADIUS))
         low, high = _room(framing, size)
         edge = frames * step(framing, frames, *size)
-        corner = rng.uniform(low, np.maximum(high - edge, low))
+        corner = self._place(rng, low, np.maximum(high - edge, low))
         far = rng.integers(2, size=2)
         events = []
         for axis in rng.integers(2, size=shots):
@@ -377,9 +380,6 @@ def _room(framing: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([sky_rows(height) + radius, radius]), np.array([height - radius, width - radius])
 
 
-# ---- films
-
-
 def toy_film(scenes: Sequence[SceneSample], scale: int = 4, frames_per_shot: Sequence[int] = (12, 18, 24)) -> ToyFilm:
     """Show scenes one after the other, larger and longer, with the true cuts: for testing cut and scene detection.
 
@@ -400,15 +400,16 @@ def toy_film(scenes: Sequence[SceneSample], scale: int = 4, frames_per_shot: Seq
         for i, (shot, event) in enumerate(zip(scene.shots, truth.shots, strict=True)):
             if now and (i == 0 or shot.cut):
                 cuts.append(now)
-            clips.append(_film_shot(truth, event, shot, next(lengths), scale))
+            clips.append(_film_shot(truth, event, shot, next(lengths), scale, stops=shot.cut or len(scene.shots) == 1))
             now += len(clips[-1])
     return ToyFilm(np.concatenate(clips), tuple(cuts), tuple(scene_starts))
 
 
-def _film_shot(truth: ToyTruth, event: ShotTruth, shot: ShotSample, frames: int, scale: int) -> np.ndarray:
+def _film_shot(truth: ToyTruth, event: ShotTruth, shot: ShotSample, frames: int, scale: int, stops: bool) -> np.ndarray:
+    """uint8 [frames, H·scale, W·scale, 3]. A shot that `stops` ends where its toy shot does; a segment of a long
+    shot goes on to where the next one starts."""
     toy_frames, height, width, _ = shot.latents.shape
     stride = 0.0 if event.who is None else step(event.framing, toy_frames, height, width)
-    # A segment of a long shot travels on to where the next one starts; a shot before a cut stops at its last frame.
-    last = toy_frames - 1 if shot.cut else toy_frames * (frames - 1) / frames
+    last = toy_frames - 1 if stops else toy_frames * (frames - 1) / frames
     pixels = render(truth, event, _path(event, stride * np.linspace(0, last, frames)), height, width, scale)
     return np.round(255 * pixels).astype(np.uint8)

@@ -90,7 +90,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            # converted here: left to the encoder, the same frames gave files that differed from run to run
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 
@@ -118,8 +120,10 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Any, Any]]:
         name, form = str(path.resolve()), CONTAINERS[path.suffix.lower()]
         with av.open(name, format=form, options={"protocol_whitelist": "file"}) as container:
             if not container.streams.video:
-                raise ValueError(f"{path}: expected a video stream, got none; is this an audio file?")
+                raise ValueError(f"{path}: expected a video stream, got none; is it sound alone, or cut off?")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{path}: expected a codec that FFmpeg knows, got another; convert it to H.264")
             _check_pixels(path, stream.codec_context, max_pixels)
             stream.codec_context.options = {"max_pixels": str(max_pixels)}
             yield container, stream
@@ -161,8 +165,11 @@ def _pictures(path: str | Path, container: Any, stream: Any, resize: Resize | No
         count += 1
         end = (frame.time or 0.0) - start + float((frame.duration or 0) * frame.time_base)
         yield _upright(frame, turns, resize)
-    declared = _declared_seconds(container, stream)
-    if count == 0 or end < declared - max(2 / _rate(path, stream), 0.01 * declared):
+    rate, declared = float(_rate(path, stream)), _declared_seconds(container, stream)
+    slack = max(2 / rate, 0.01 * declared)
+    # an edit list hides frames that the container counts: of its two figures the smaller holds
+    counted = min(stream.frames / rate, declared)
+    if count == 0 or end < declared - slack or count / rate < counted - slack:
         raise ValueError(
             f"{path}: expected the {declared:.2f} s that the container declares, got {count} frames, {end:.2f} s; "
             "the file is truncated or damaged, fetch it again"

@@ -1,7 +1,4 @@
-"""What a model is: one frozen dataclass without defaults, and presets as functions that return a complete one.
-
-Free of torch, so that the command line can show every option at once.
-"""
+"""What a model is: one frozen dataclass without defaults, and presets as functions that return a complete one."""
 
 from __future__ import annotations
 

@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lct.data.atomic import new_folder
+from lct.data.atomic import new_file, new_folder
+from lct.model import MMDiT
 from lct.train.config import TrainConfig
 
 MANIFEST = "manifest.json"
@@ -85,17 +87,41 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return load_file(folder / f"{name}.safetensors")
 
 
-def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Weights from a .safetensors file, or the moving average from a checkpoint or a folder of checkpoints."""
+def save_weights(file: Path, weights: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype) -> None:
+    """Weights to share, in one safetensors file that carries the configuration they were trained with."""
+    with new_file(file) as temporary:
+        shared = {name: weight.detach().cpu().to(dtype).contiguous() for name, weight in weights.items()}
+        save_file(shared, temporary, metadata={"config": json.dumps(asdict(config))})
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
+    """Weights and their configuration, from a file of `save_weights`, or the moving average from a checkpoint or a
+    folder of checkpoints, whose hashes are checked first."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
-        try:
-            return load_file(path)
-        except Exception as error:  # safetensors has one exception type of its own, raised from Rust
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    return load_tensors(latest(path), "ema")
+    if path.suffix != ".safetensors":
+        folder = latest(path)
+        return load_tensors(folder, "ema"), load_config(folder)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+            return {name: file.get_tensor(name) for name in file.keys()}, TrainConfig.from_dict(config)  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a weights file of this project, or a damaged one ({error!r})") from None
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """The configuration of a verified checkpoint."""
+    return TrainConfig.from_dict(json.loads((folder / "config.json").read_text()))
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[MMDiT, TrainConfig]:
+    """A model ready to sample from, and the configuration it was trained with; see `load_weights`."""
+    weights, config = load_weights(path)
+    model = MMDiT(config.model)
+    assign_weights(model, weights, path)
+    return model.to(device).eval().requires_grad_(False), config
 
 
 def assign_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

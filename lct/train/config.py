@@ -1,8 +1,9 @@
-"""What a run is: one frozen dataclass. Free of torch, so that the command line can show every option at once."""
+"""What a run is: one frozen dataclass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lct.layout import VISIBILITIES
 from lct.model.config import ModelConfig
@@ -74,3 +75,16 @@ class TrainConfig:
             raise ValueError(f"steps, scenes, save_every: expected at least 1, got {self.steps}, {self.scenes}, {self.save_every}")
         if self.data.single + self.data.cut + self.data.no_cut <= 0:
             raise ValueError("data: expected a positive share of single, cut or no_cut scenes, got none")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `dataclasses.asdict` after a way through JSON; ValueError names what does not fit."""
+
+        def build(kind: type, fields: dict[str, Any]) -> Any:
+            return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+
+        try:
+            nested = {"model": build(ModelConfig, values["model"]), "data": build(DataConfig, values["data"])}
+            return build(cls, values | nested)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"config: not a training configuration of this version ({error})") from None

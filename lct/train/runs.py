@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from lct.model.config import lct_3b, tiny
 from lct.train.config import DataConfig, TrainConfig
 
-PRETRAINED = "assets/tiny_pretrained.safetensors"
+PRETRAINED = str(Path(__file__).parents[1] / "assets" / "tiny_pretrained.safetensors")
 
 
 def tiny_pretrain() -> TrainConfig:
@@ -54,7 +55,7 @@ def tiny_lct() -> TrainConfig:
         stage,
         name="tiny_lct",
         data=replace(stage.data, single=0.2, cut=0.8 / 3, no_cut=1.6 / 3),
-        init="demo/tiny_text_rope",
+        init="runs/tiny_text_rope",
         steps=900,
         scenes=16,
         lr=2e-3,
@@ -66,7 +67,7 @@ def tiny_lct() -> TrainConfig:
 def tiny_causal() -> TrainConfig:
     """Context-causal tuning from the bidirectional weights (§ 3.3)."""
     return replace(
-        tiny_lct(), name="tiny_causal", init="demo/tiny_lct", visibility="context_causal", steps=150, lr=1e-3, warmup=10
+        tiny_lct(), name="tiny_causal", init="runs/tiny_lct", visibility="context_causal", steps=150, lr=1e-3, warmup=10
     )
 
 

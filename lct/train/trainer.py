@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from lct.train.checkpoint import (
     assign_weights,
     checkpoints,
     latest,
+    load_config,
     load_tensors,
     load_weights,
     save_checkpoint,
@@ -85,7 +86,7 @@ class Trainer:
         if self.model.text_encoder is None:
             raise ValueError(f"run {config.name}: text features come from outside, and no encoder for them is wired in yet")
         if config.init is not None:
-            assign_weights(self.model, load_weights(config.init), config.init)
+            assign_weights(self.model, load_weights(config.init)[0], config.init)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -162,6 +163,7 @@ class Trainer:
             return False
         folder = latest(self.out)
         manifest = verify(folder)
+        _check_same(load_config(folder), self.config, folder)
         assign_weights(self.model, load_tensors(folder, "model"), folder)
         assign_weights(self.ema.module, load_tensors(folder, "ema"), folder)
         state = load_tensors(folder, "optimizer")
@@ -175,6 +177,16 @@ class Trainer:
         self.step = manifest["step"]
         _trim_log(self.out / "log.jsonl", self.step)
         return True
+
+
+def _check_same(saved: TrainConfig, current: TrainConfig, folder: Path) -> None:
+    """A resumed run takes the same steps as one that never stopped, so its configuration must be the same."""
+    for key, value in asdict(saved).items():
+        if value != asdict(current)[key]:
+            raise ValueError(
+                f"{folder}: was written with {key}={value}, now {key}={asdict(current)[key]}; "
+                "resume with the same configuration or train into another folder"
+            )
 
 
 def _trim_log(file: Path, step: int) -> None:

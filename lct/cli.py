@@ -1,0 +1,219 @@
+"""The command line: `lct demo`, `train`, `sample`, `ingest`, `mask`, `estimate`, `doctor`. Starts without torch.
+
+Every command raises ValueError, OSError or ImportError for what a user can mend; `main` prints one line and exits with 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def demo(out: Path = Path("demo"), scenes: int = 64) -> int:
+    """Tune a tiny model in the paper's stages, let it direct multi-shot scenes, and show them on one page.
+
+    Args:
+        out: Folder of the page, pictures, film, metrics and checkpoints.
+        scenes: Held-out scenes to measure on.
+    """
+    from lct.demo import run_demo
+
+    return run_demo(out, scenes)
+
+
+@dataclass(frozen=True)
+class _Train:
+    out: Path | None = None
+    """Folder of log and checkpoints; runs/NAME by default. An unfinished run there is resumed."""
+    impl: str = "auto"
+    """Attention implementation."""
+    device: str = "cpu"
+
+
+def train(run: tyro.conf.Positional[str]) -> None:
+    """Train a run, or resume it. `lct train` lists the runs, `lct train RUN --help` every option."""
+
+
+def _train(arguments: list[str]) -> None:
+    from lct.train.config import TrainConfig
+    from lct.train.runs import RUNS, run
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: lct train RUN [options]\n")
+        for name, function in RUNS.items():
+            print(f"  {name:18s}{(function.__doc__ or '').splitlines()[0]}")
+        print("\n`lct train RUN --help` lists every option of a run.")
+        return
+    name, rest = arguments[0], arguments[1:]
+    config = run(name)
+
+    def command(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
+        where: Annotated[_Train, tyro.conf.arg(name="")] = _Train(),
+    ) -> None:
+        from lct.progress import training
+        from lct.train.trainer import Trainer
+
+        out = where.out or Path("runs") / config.name
+        trainer = Trainer(config, out, where.device, where.impl)
+        if trainer.resume():
+            print(f"resuming {out} at step {trainer.step}")
+        with training(config.name, config.steps, trainer.step) as progress:
+            print(trainer.run(progress))
+
+    tyro.cli(command, args=rest, prog=f"lct train {name}", description=(RUNS[name].__doc__ or "").splitlines()[0])
+
+
+def sample(
+    scene: tyro.conf.Positional[Path],
+    weights: Path,
+    out: Path | None = None,
+    mode: Literal["auto-regressive", "joint"] = "auto-regressive",
+    steps: int = 20,
+    guidance: float = 1.0,
+    history_time: float = 0.1,
+    fps: float = 6.0,
+) -> None:
+    """Generate the shots of a scene file that have no media yet; those that have are given.
+
+    Args:
+        scene: A scene.toml, or its folder.
+        weights: A .safetensors file or a checkpoint folder.
+        out: New folder for latents, one mp4 a shot and a contact sheet; SCENE-sample by default.
+        mode: Shot by shot over the history, or all shots together.
+        steps: Denoising steps.
+        guidance: Weight of the prompts; 1 is without guidance.
+        history_time: t_c, the noise level of generated shots as history (§ 4.2).
+        fps: Frames a second of the mp4 files.
+    """
+    from lct.sample import Sampling
+    from lct.sample.files import sample_scene
+    from lct.train.checkpoint import load_model
+
+    folder = (scene if scene.is_dir() else scene.parent).resolve()
+    model, config = load_model(weights)
+    sampling = Sampling(steps, guidance, history_time, config.shift, text_scale=config.text_scale)
+    print(sample_scene(model, scene, out or folder.with_name(f"{folder.name}-sample"), mode, sampling, fps))
+
+
+def ingest(
+    film: tyro.conf.Positional[Path],
+    out: Path = Path("scenes"),
+    side: int = 480,
+    stride: int = 8,
+    patch: int = 2,
+    fps: float = 8.0,
+    max_frames: int = 64,
+) -> None:
+    """Cut a film into shots and scenes, and write scene files with latents.
+
+    Args:
+        film: An mp4, mkv, webm, avi or ts file.
+        out: New folder, one folder a scene.
+        side: The target area is side×side pixels; the aspect ratio is kept (480 in the paper).
+        stride: Pixels per latent pixel.
+        patch: Latent pixels per token, along height and along width; 4 for the tiny model.
+        fps: Latent frames a second.
+        max_frames: Most latent frames of a shot.
+    """
+    from lct.data.ingest import ingest as run_ingest
+
+    print(run_ingest(film, out, side=side, stride=stride, patch=patch, fps=fps, max_frames=max_frames))
+
+
+def mask(
+    shots: tyro.conf.Positional[tuple[str, ...]],
+    visibility: Literal["context_causal", "bidirectional", "isolated"] = "context_causal",
+    text_scale: float = 1.0,
+    out: Path = Path("mask.png"),
+) -> None:
+    """Draw who sees whom in a layout, and its positions.
+
+    Args:
+        shots: TEXT:TxHxW for a shot (tokens, then frames × height × width in patches), global:TEXT for a global
+            prompt, / between scenes; for example: global:12 9:3x8x8 9:1x8x8.
+        visibility: Who sees whom.
+        text_scale: λ of the positions.
+        out: The mask's file; the positions go beside it, as NAME-positions.png.
+    """
+    from lct.data.atomic import new_file
+    from lct.draw import mask_picture, positions_picture
+
+    layout = parse_layout(shots, visibility)
+    positions = out.with_name(f"{out.stem}-positions{out.suffix}")
+    for file, picture in ((out, mask_picture(layout)), (positions, positions_picture(layout, text_scale))):
+        with new_file(file) as temporary:
+            picture.save(temporary)
+        print(file)
+
+
+def estimate(
+    shots: tyro.conf.Positional[tuple[str, ...]],
+    preset: str = "lct_3b",
+    visibility: Literal["context_causal", "bidirectional", "isolated"] = "context_causal",
+    tflops: float = 400.0,
+) -> None:
+    """Rows, FLOPs, keys and values, and memory of a layout and a model.
+
+    Args:
+        shots: As in `lct mask`.
+        preset: Model: tiny or lct_3b.
+        visibility: Who sees whom.
+        tflops: Rate to turn FLOPs into seconds.
+    """
+    from lct.estimate import print_estimate
+
+    print_estimate(preset, parse_layout(shots, visibility), tflops)
+
+
+def doctor() -> None:
+    """What this machine has, which implementation computes what, and why the others do not."""
+    from lct.doctor import print_report
+
+    print_report()
+
+
+def parse_layout(words: tuple[str, ...], visibility: str):
+    """The SceneLayout of words such as `global:12 9:3x8x8 / 4:1x2x2`; ValueError names the word that is wrong."""
+    from lct.layout import GLOBAL_VIDEO, SceneLayout, Shot
+
+    scenes: list[list[Shot]] = [[]]
+    for word in words:
+        if word == "/":
+            scenes.append([])
+            continue
+        text, _, video = word.partition(":")
+        try:
+            if text == "global":
+                scenes[-1].append(Shot(int(video), GLOBAL_VIDEO, "global"))
+            else:
+                frames, height, width = (int(n) for n in video.split("x"))
+                scenes[-1].append(Shot(int(text), (frames, height, width)))
+        except ValueError as error:
+            wanted = "TEXT:TxHxW, for example 9:3x8x8, or global:TEXT"
+            reason = "" if "invalid literal" in str(error) or "unpack" in str(error) else f" ({error})"
+            raise ValueError(f"shots: expected {wanted}, got {word!r}{reason}") from None
+    return SceneLayout(scenes, visibility)
+
+
+COMMANDS = {f.__name__: f for f in (demo, train, sample, ingest, mask, estimate, doctor)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Exit code 0, or 2 with one line for what the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["train"]:
+            _train(arguments[1:])
+            return 0
+        result = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=arguments, prog="lct", description="Long Context Tuning: multi-shot video generation."
+        )
+        return result or 0
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"lct: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

@@ -1,0 +1,256 @@
+"""The scene file: what it says comes back, every mistake is one line with its fix, and nothing is ever half-written."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from lct.data.folder import SceneFolder
+from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry, load_sample, read_scene, write_scene
+
+SHIP = GlobalPrompt({"1": "a young man", "2": "a young woman"}, "the deck of a ship", "1 meets 2")
+SHOT = '[[shot]]\nprompt = "a"\ncut = true\n'
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def two_shots():
+    """A scene of two given shots, and its latents."""
+    shots = (
+        ShotEntry("close-up of Character 1", True, (4, 2, 3), 7, "shot-0", (0, 30)),
+        ShotEntry("“wide” shot\nof Character 2", True, (2, 2, 3), None, "shot-1"),
+    )
+    latents = {"shot-0.video": noise(4, 2, 3, 3), "shot-0.images": noise(5, 2, 3, 3), "shot-1.video": noise(2, 2, 3, 3)}
+    return SceneFile(SHIP, shots, 8.0, "ship.mp4", "pixel/8"), latents
+
+
+def test_global_prompt_text_is_character_environment_story():
+    expected = "Character 1: a young man; Character 2: a young woman; the deck of a ship; 1 meets 2"
+    assert SHIP.text() == expected
+    assert GlobalPrompt(story="rain").text() == "rain" and GlobalPrompt().text() == ""
+
+
+def test_what_is_written_is_read(tmp_path):
+    scene, latents = two_shots()
+    write_scene(tmp_path / "scene", scene, latents)
+    assert read_scene(tmp_path / "scene") == scene
+    assert read_scene(tmp_path / "scene" / "scene.toml") == scene
+    assert "size = [4, 2, 3]\n" in (tmp_path / "scene" / "scene.toml").read_text()
+
+
+def test_a_hand_written_file_needs_only_prompt_and_cut(tmp_path):
+    (tmp_path / "scene.toml").write_text(SHOT)
+    assert read_scene(tmp_path) == SceneFile(None, (ShotEntry("a", True),))
+
+
+def test_the_file_in_the_docstring_is_valid(tmp_path):
+    from lct.data import scenefile
+
+    example = scenefile.__doc__.split("\n\n")[1]
+    (tmp_path / "scene.toml").write_text(example)
+    save_file({"shot-0.video": noise(4, 30, 30, 3)}, tmp_path / "latents.safetensors")
+    scene = read_scene(tmp_path)
+    assert scene.global_prompt.text().startswith("Character 1: a young man with blonde hair; Character 2: ")
+    assert scene.shots[0].size == (4, 30, 30) and scene.fps == 8
+
+
+def test_load_sample(tmp_path):
+    scene, latents = two_shots()
+    write_scene(tmp_path / "scene", scene, {key: torch.from_numpy(value) for key, value in latents.items()})
+    sample = load_sample(tmp_path / "scene")
+    assert sample.global_prompt == SHIP.text()
+    assert [(shot.prompt, shot.cut) for shot in sample.shots] == [(shot.prompt, True) for shot in scene.shots]
+    assert np.array_equal(sample.shots[0].latents, latents["shot-0.video"])
+    assert np.array_equal(sample.shots[0].images, latents["shot-0.images"])
+    assert sample.shots[1].images.shape == (0, 2, 3, 3) and sample.shots[1].latents.dtype == np.float32
+
+
+def test_load_sample_needs_media_for_every_shot(tmp_path):
+    (tmp_path / "scene.toml").write_text(SHOT)
+    with pytest.raises(ValueError, match=r"scene.toml: shot 1: media: expected .*, got nothing; "):
+        load_sample(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "shot: expected 1 to 9 shots, got 0"),
+        ("shot = []", "shot: expected 1 to 9 shots, got 0"),
+        (SHOT * 10, "shot: expected 1 to 9 shots, got 10; .*split"),
+        ("shot = 3", "shot: expected an array of tables, got 3"),
+        ("[shot]\nprompt = 'a'", "shot: expected an array of tables"),
+        (SHOT + "promt = 'b'", "shot 1: key: expected one of prompt, .*, got 'promt'; perhaps you meant prompt"),
+        ("shots = 1\n" + SHOT, "key: expected one of .*, got 'shots'; perhaps you meant shot"),
+        ("[[shot]]\ncut = true", "shot 1: prompt: expected text in quotes, got nothing; write prompt"),
+        ("[[shot]]\nprompt = 'a'", "shot 1: cut: expected true or false, got nothing; write cut"),
+        ("[[shot]]\nprompt = 3\ncut = true", "shot 1: prompt: expected text in quotes, got 3"),
+        ("[[shot]]\nprompt = 'a'\ncut = 'yes'", "shot 1: cut: expected true or false, got 'yes'"),
+        ("[[shot]]\nprompt = '[SHOT CUT] a'\ncut = true", r"shot 1: prompt: expected no \[SHOT CUT\] typed by hand"),
+        ("[[shot]]\nprompt = 'a [shot  cut]'\ncut = true", "set cut = true"),
+        ("[global]\nstory = '[SHOT CUT]'\n" + SHOT, r"global: story: expected no \[SHOT CUT\]"),
+        (SHOT + "size = [1, -2, 3]", r"shot 1: size: expected three positive integers, .*, got \[1, -2, 3\]; write"),
+        (SHOT + "size = [1.5, 2, 3]", "shot 1: size: expected three positive integers"),
+        (SHOT + "size = [2, 3]", "shot 1: size: expected three positive integers"),
+        (SHOT + "size = [true, 2, 3]", "shot 1: size: expected three positive integers"),
+        (SHOT + "size = 4", "shot 1: size: expected three positive integers"),
+        (SHOT + "seed = -1", "shot 1: seed: expected an integer from 0 up, got -1"),
+        (SHOT + "seed = true", "shot 1: seed: expected an integer"),
+        (SHOT + "seed = 99999999999999999999", "shot 1: seed: expected an integer"),
+        (SHOT + "frames = [30, 0]", "shot 1: frames: expected a first frame before the end"),
+        (SHOT + "frames = [-1, 3]", "shot 1: frames: expected two integers"),
+        (SHOT + "media = 'shot-0'", "shot 1: media: expected shot-0.video in latents.safetensors, got nothing"),
+        (SHOT + SHOT + "media = 4", "shot 2: media: expected a name without folders, got 4"),
+        ("fps = 0\n" + SHOT, "fps: expected frames per second, above 0, got 0"),
+        ("fps = nan\n" + SHOT, "fps: expected"),
+        ("source = 1\n" + SHOT, "source: expected the film's name"),
+        ("global = 'x'\n" + SHOT, "global: expected a table, got 'x'"),
+        ("[global]\ncharacter = 'x'\n" + SHOT, "global: key: expected .*; perhaps you meant characters"),
+        ("[global.characters]\n1 = 2\n" + SHOT, "global: characters: 1: expected text in quotes, got 2"),
+        ("[global.characters]\n'1: x;\\n' = 'a'\n" + SHOT, "global: characters: ID: expected letters"),
+        ("[[shot]\n", "expected TOML in UTF-8"),
+        ("a = " + "[" * 5000, "expected TOML in UTF-8"),
+        ("source = '" + "x" * (1 << 20) + "'", "expected at most 1048576 bytes"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_file_key_and_fix(tmp_path, text, words):
+    (tmp_path / "scene.toml").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_scene(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'scene.toml'}: ") and "\n" not in message and "; " in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "a\\\\b", "..", ".hidden", "", "a\\nb", "c:x"])
+def test_media_names_cannot_leave_the_folder(tmp_path, name):
+    (tmp_path / "scene.toml").write_text(f'{SHOT}media = "{name}"')
+    with pytest.raises(ValueError, match="media: expected a name without folders") as caught:
+        read_scene(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_text_are_refused(tmp_path):
+    (tmp_path / "scene.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="expected TOML in UTF-8"):
+        read_scene(tmp_path)
+
+
+def test_a_missing_file_says_where_it_was_sought(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"scene.toml: expected a scene file, found nothing"):
+        read_scene(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stored, words",
+    [
+        ({"other.video": noise(1, 2, 2, 3)}, r"expected shot-0.video in .*, got \['other.video'\]"),
+        ({"shot-0.video": noise(2, 2, 3)}, r"of shape \[T, H, W, C\], got \(2, 2, 3\)"),
+        ({"shot-0.video": noise(0, 2, 2, 3)}, r"of shape \[T, H, W, C\]"),
+        ({"shot-0.video": noise(2, 2, 2, 3)}, r"shot 1: size: expected that of shot-0.video, \[2, 2, 2\], got"),
+        ({"shot-0.video": noise(1, 2, 2, 3), "shot-0.images": noise(1, 4, 4, 3)}, r"shot-0.images of shape \[K, "),
+        ({"shot-0.video": noise(1, 2, 2, 3).astype(np.float64)}, "expected dtype F32, got F64"),
+        (b"not safetensors at all", "expected safetensors, got a damaged file"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(tmp_path, stored, words):
+    (tmp_path / "scene.toml").write_text(SHOT + "media = 'shot-0'\nsize = [1, 2, 2]")
+    if isinstance(stored, bytes):
+        (tmp_path / "latents.safetensors").write_bytes(stored)
+    else:
+        save_file(stored, tmp_path / "latents.safetensors")
+    with pytest.raises(ValueError, match=words):
+        read_scene(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scene, latents, words",
+    [
+        (SceneFile(None, ()), {}, "1 to 9 shots, got 0"),
+        (SceneFile(None, (ShotEntry("a", True),) * 10), {}, "1 to 9 shots, got 10"),
+        (SceneFile(None, (ShotEntry("[SHOT CUT] a", True),)), {}, "typed by hand"),
+        (SceneFile(None, (ShotEntry(None, True),)), {}, "prompt: expected text"),
+        (SceneFile(None, (ShotEntry("a", True, media="../a"),)), {"../a.video": noise(1, 2, 2, 3)}, "without folders"),
+        (SceneFile(None, (ShotEntry("a", True, media="a"),)), {}, "expected a.video"),
+        (SceneFile(None, (ShotEntry("a", True),)), {"a.video": noise(1, 2, 2, 3)}, r"names?, got \['a.video'\]"),
+    ],
+)
+def test_nothing_is_written_of_a_scene_that_would_not_be_read(tmp_path, scene, latents, words):
+    with pytest.raises(ValueError, match=words):
+        write_scene(tmp_path / "deep" / "scene", scene, latents)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scene_is_never_overwritten(tmp_path):
+    scene, latents = two_shots()
+    write_scene(tmp_path / "scene", scene, latents)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "scene").iterdir()}
+    with pytest.raises(ValueError, match="remove it or choose another"):
+        write_scene(tmp_path / "scene", SceneFile(None, (ShotEntry("b", False),)))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "scene").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["scene"]
+
+
+def write_folders(root):
+    """A scene of three cut shots, a single shot of one frame, and what an interrupted writer may leave behind."""
+    names = [f"shot-{i}" for i in range(3)]
+    shots = tuple(ShotEntry(f"prompt {i}", True, media=name) for i, name in enumerate(names))
+    latents = {f"{name}.video": noise(i + 2, 2, 2, 3, seed=i) for i, name in enumerate(names)}
+    latents |= {f"{name}.images": noise(4, 2, 2, 3, seed=i) for i, name in enumerate(names)}
+    write_scene(root / "film" / "scene-000", SceneFile(SHIP, shots), latents)
+    single = SceneFile(GlobalPrompt(), (ShotEntry("alone", False, media="a"),))
+    write_scene(root / "film" / "scene-001", single, {"a.video": noise(1, 2, 2, 3)})
+    (root / "film" / ".scene-002.tmp").mkdir()
+    (root / "film" / ".scene-002.tmp" / "scene.toml").write_text("half")
+    return SceneFolder(root)
+
+
+def test_scene_folder_kinds(tmp_path):
+    folder, rng = write_folders(tmp_path), np.random.default_rng(0)
+    prompts = set()
+    for _ in range(20):
+        (shot,) = (single := folder.sample("single", rng)).shots
+        prompts.add(shot.prompt)
+        assert single.global_prompt is None and not shot.cut
+    assert prompts == {"prompt 0", "prompt 1", "prompt 2", "alone"}
+
+    cut = folder.sample("cut", rng)
+    assert cut.global_prompt == SHIP.text() and all(shot.cut for shot in cut.shots)
+    assert [shot.prompt for shot in cut.shots] == ["prompt 0", "prompt 1", "prompt 2"]
+    pairs = {tuple(shot.prompt[-1] for shot in folder.sample("cut", rng, 2).shots) for _ in range(20)}
+    assert pairs == {("0", "1"), ("1", "2")}
+
+    divided = folder.sample("no_cut", rng)
+    shots = {shot.prompt: shot for shot in load_sample(tmp_path / "film" / "scene-000").shots}
+    whole = shots[divided.shots[0].prompt]
+    assert len(divided.shots) == 2 and not any(shot.cut for shot in divided.shots)
+    assert np.array_equal(np.concatenate([shot.latents for shot in divided.shots]), whole.latents)
+    assert np.array_equal(np.concatenate([shot.images for shot in divided.shots]), whole.images)
+
+
+def test_a_sample_is_a_function_of_the_generator(tmp_path):
+    folder = write_folders(tmp_path)
+    for kind in ("single", "cut", "no_cut"):
+        first, second = (folder.sample(kind, np.random.default_rng(3)) for _ in range(2))
+        assert all(np.array_equal(a.latents, b.latents) for a, b in zip(first.shots, second.shots, strict=True))
+
+
+def test_max_shots_bounds_a_cut_sample(tmp_path):
+    write_folders(tmp_path)
+    assert len(SceneFolder(tmp_path, max_shots=2).sample("cut", np.random.default_rng(0)).shots) == 2
+
+
+def test_scene_folder_says_what_it_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match="found none"):
+        SceneFolder(tmp_path / "nowhere")
+    folder, rng = write_folders(tmp_path), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="expected a scene of 4 shots with cuts"):
+        folder.sample("cut", rng, 4)
+    with pytest.raises(ValueError, match="expected a shot of 5 frames"):
+        folder.sample("no_cut", rng, 5)
+    with pytest.raises(ValueError, match="kind: expected one of single, cut, no_cut, got 'both'"):
+        folder.sample("both", rng)
+    write_scene(tmp_path / "film" / "to-generate", SceneFile(None, (ShotEntry("a", False),)))
+    with pytest.raises(ValueError, match="shot 1: media"):
+        SceneFolder(tmp_path)

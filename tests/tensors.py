@@ -15,7 +15,11 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 GLOBAL, SHOT = "global", "shot"
-SCENES = [[(3, (1, 1, 1), GLOBAL), (4, (2, 2, 3), SHOT), (2, (1, 3, 3), SHOT), (7, (3, 2, 1), SHOT)], [(5, (2, 2, 2), SHOT)]]
+# About a hundred rows: the largest error of a plain implementation over much fewer is a matter of luck, no yardstick.
+SCENES = [
+    [(3, (1, 1, 1), GLOBAL), (4, (2, 3, 3), SHOT), (2, (2, 4, 3), SHOT), (13, (3, 2, 2), SHOT)],
+    [(5, (2, 3, 3), SHOT)],
+]
 SELECTION = [[(), (), (), (1,)], [()]]  # the last shot of the first scene skips one: two intervals
 VISIBILITIES = {
     "context_causal": "context_causal",
@@ -86,6 +90,10 @@ def assert_attention(inputs, plan, visible, impl, scale=None):
     got = inputs.run(plan, impl=impl, scale=scale)
     yardstick = inputs.run(plan, impl="reference", scale=scale)
     for name, *three in zip(RESULTS, got, truth, yardstick, strict=True):
+        if (
+            name == "lse" and impl == "reference"
+        ):  # plain torch rounds scores to the dtype of q, a fused kernel does not
+            three = [three[0].to(inputs.q.dtype), three[1], three[2].to(inputs.q.dtype)]
         try:
             compare(*three, kind="forward" if name in ("out", "lse") else "gradient")
         except AssertionError as error:

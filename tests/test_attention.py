@@ -6,7 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import problems, scene_lists
-from tensors import DTYPES, IMPLS, SCENES, VISIBILITIES, Inputs, assert_attention, build, dtype_id, same_bytes
+from tensors import (
+    DTYPES,
+    GLOBAL,
+    IMPLS,
+    SCENES,
+    SHOT,
+    VISIBILITIES,
+    Inputs,
+    assert_attention,
+    build,
+    dtype_id,
+    same_bytes,
+)
 from test_layout import rows_of, tail_of_scenes, tails
 
 from lct.kernels import attention, reference
@@ -15,6 +27,22 @@ from lct.plan import Plan, Run
 
 fast = settings(max_examples=60)
 small = scene_lists(max_scenes=2, max_shots=3)
+
+# Stands beside drawn scenes, so that there are rows enough to measure the yardstick on; more shots than any of them.
+COMPANION = [
+    (2, (1, 1, 1), GLOBAL),
+    (3, (1, 2, 3), SHOT),
+    (0, (2, 2, 2), SHOT),
+    (4, (1, 3, 3), SHOT),
+    (9, (3, 4, 5), SHOT),
+]
+
+
+def beside_the_companion(scenes, visibility):
+    if not isinstance(visibility, str):
+        visibility = [*visibility, [(), (), (1,), (), (1, 3)]]
+    return [*scenes, COMPANION], visibility
+
 
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 each_visibility = pytest.mark.parametrize("visibility", VISIBILITIES.values(), ids=VISIBILITIES)
@@ -41,6 +69,7 @@ def test_heads_and_head_dims(impl, heads, dim):
 @fast
 def test_random_layouts(impl, problem, dtype):
     scenes, visibility, seed = problem
+    scenes, visibility = beside_the_companion(scenes, visibility)
     plan = build(scenes, visibility).plan()
     inputs = Inputs.random(plan, heads=2, kv_heads=1, dim=16, dtype=dtype, seed=seed)
     assert_attention(inputs, plan, oracle.mask(scenes, visibility), impl)
@@ -52,6 +81,8 @@ def test_random_layouts(impl, problem, dtype):
 def test_cached_tails(impl, drawn, seed):
     """New rows, also in two versions, over a cache with rows to spare."""
     scenes, visibility, first, alternatives, spare = drawn
+    scenes, visibility = beside_the_companion(scenes, visibility)
+    alternatives = alternatives and (*alternatives, (5, (3, 4, 5), SHOT))
     kept = [[*scene, alternatives[b]] if alternatives else scene for b, scene in enumerate(scenes)]
     capacity = max(rows_of(*shots) for shots in kept) + spare
     tail = build(scenes, visibility).tail(first, capacity, alternatives and [Shot(*shot) for shot in alternatives])

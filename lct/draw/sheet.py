@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lct.draw import INK, MUTED, PAPER, font, mix, shot_colour
+from lct.draw.ink import INK, MUTED, PAPER, font, mix, plain, shot_colour
 
 Row = tuple[str, Sequence[np.ndarray]]
 
@@ -46,9 +45,7 @@ class SheetGrid:
             for _, clips in rows
         )
         columns = [
-            max(
-                [NARROWEST, *(len(rows[r][1][s]) * (sizes[r][s][0] + SEAM) - SEAM for r in _rows_with(rows, s))]
-            )
+            max([NARROWEST, *(len(rows[r][1][s]) * (sizes[r][s][0] + SEAM) - SEAM for r in _rows_with(rows, s))])
             for s in range(max(len(clips) for _, clips in rows))
         ]
         left = MARGIN + LABELS + round(max(font(18).getlength(plain(name)) for name, _ in rows))
@@ -68,19 +65,18 @@ class SheetGrid:
 def contact_sheet(
     rows: Sequence[Row],
     captions: Sequence[str] | None = None,
-    given: Mapping[str, Collection[int]] | None = None,
+    given: Collection[tuple[str, int]] = (),
     frame: int = 64,
 ) -> Image.Image:
     """Draw one row per method and one group of frames per shot.
 
     rows      (name, clips); one clip per shot, uint8 [T, H, W, 3]; sizes may differ, a row may lack its last shots
     captions  a prompt per shot, wrapped above its frames
-    given     per row name, the shots (0 is the first) that the method was given rather than made; they are marked
+    given     (row name, shot) of the shots that a method was given rather than made; they are marked. 0 is the first
     frame     pixels of the longest side of a frame; small frames are enlarged by a whole factor, each pixel a square
 
     ValueError for no frames, clips of another shape or dtype, captions that do not match, and marks on absent shots.
     """
-    given = {name: tuple(shots) for name, shots in (given or {}).items()}
     _check(rows, captions, given)
     column = SheetGrid.of(rows, 0, frame)
     ends = (*(left - GAP for left in column.lefts[1:]), column.width - MARGIN)
@@ -98,24 +94,16 @@ def contact_sheet(
         draw.text((MARGIN, grid.tops[row] + tallest / 2), plain(name), INK, font(18), "lm")
         for shot, clip in enumerate(clips):
             _paste(image, grid, row, shot, clip)
-            if shot in given.get(name, ()):
+            if (name, shot) in given:
                 _mark(draw, grid, row, shot, len(clip))
     return image
-
-
-def plain(text: str) -> str:
-    """Text in the characters that Pillow's own font has: accents dropped, other scripts as "?"."""
-    marks = {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "×": "x"}
-    folded = unicodedata.normalize("NFKD", text.translate(str.maketrans(marks)))
-    kept = " ".join("".join(c for c in folded if not unicodedata.combining(c)).split())
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in kept)
 
 
 def _rows_with(rows: Sequence[Row], shot: int) -> list[int]:
     return [row for row, (_, clips) in enumerate(rows) if shot < len(clips)]
 
 
-def _check(rows: Sequence[Row], captions: Sequence[str] | None, given: Mapping[str, Collection[int]]) -> None:
+def _check(rows: Sequence[Row], captions: Sequence[str] | None, given: Collection[tuple[str, int]]) -> None:
     if not any(len(clips) for _, clips in rows):
         raise ValueError("rows: expected at least one row with a clip, got none")
     for name, clips in rows:
@@ -127,11 +115,10 @@ def _check(rows: Sequence[Row], captions: Sequence[str] | None, given: Mapping[s
     shots = max(len(clips) for _, clips in rows)
     if captions is not None and len(captions) != shots:
         raise ValueError(f"captions: expected one for each of {shots} shots, got {len(captions)}")
-    lengths = {name: len(clips) for name, clips in rows}
-    for name, marked in given.items():
-        absent = [shot for shot in marked if not 0 <= shot < lengths.get(name, 0)]
-        if name not in lengths or absent:
-            raise ValueError(f"given: expected shots of the rows {list(lengths)}, got {name!r}: {list(marked)}")
+    present = {(name, shot) for name, clips in rows for shot in range(len(clips))}
+    for mark in given:
+        if mark not in present:
+            raise ValueError(f"given: expected (row name, shot) of a clip in rows, got {mark!r}")
 
 
 def _wrap(text: str, width: float) -> list[str]:
@@ -169,5 +156,5 @@ def _mark(draw: ImageDraw.ImageDraw, grid: SheetGrid, row: int, shot: int, frame
     right = grid.frame(row, shot, frames - 1)[2]
     draw.rectangle((left - 5, top - 5, right + 4, bottom + 4), outline=INK, width=2)
     middle, half = (left + right) / 2, font(12).getlength("given") / 2 + 7
-    draw.rounded_rectangle((middle - half, bottom - 1 + 1, middle + half, bottom + 17), 8, INK)
+    draw.rounded_rectangle((middle - half, bottom, middle + half, bottom + 17), 8, INK)
     draw.text((middle, bottom + 8.5), "given", PAPER, font(12), "mm")

@@ -1,0 +1,267 @@
+"""Flow, batches, the loop, checkpoints: identities of the path, purity of the draws, bitwise resume, damage named."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lct.data.batch import draw_batch, pack
+from lct.data.toy import ToyScenes
+from lct.model import MMDiT, tiny
+from lct.model.flow import noised, shift_time, shot_losses, shot_shift
+from lct.train.checkpoint import checkpoints, latest, load_model, load_weights, save_weights, verify
+from lct.train.config import TrainConfig
+from lct.train.runs import RUNS, paper_lct, paper_lct_causal, run, tiny_lct
+from lct.train.trainer import Trainer, batch_loss
+
+PATCH = tiny().patch
+MIXTURE = {"single": 1.0, "cut": 1.0, "no_cut": 2.0}
+
+
+def small(**changes) -> TrainConfig:
+    model = replace(tiny(), blocks=1, width=32, heads=1, kv_heads=1, mlp_width=64)
+    config = replace(tiny_lct(), model=model, init=None, steps=6, scenes=3, save_every=3, warmup=2)
+    return replace(config, **changes)
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def tokenizer():
+    return MMDiT(replace(tiny(), blocks=1)).text_encoder.tokenize
+
+
+def batch(step=0, seed=0, scenes=4, **probabilities):
+    options = {"image_probability": 0.3, "drop_probability": 0.3} | probabilities
+    return draw_batch(ToyScenes(), tokenizer(), PATCH, "context_causal", MIXTURE, scenes=scenes, seed=seed, step=step, **options)
+
+
+# -- flow --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_path_runs_from_data_to_noise_at_constant_velocity():
+    z_0, noise, t = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])
+    path = noised(z_0, noise, t)
+    assert torch.equal(path.z_t[0], z_0[0]) and torch.equal(path.z_t[-1], noise[-1])
+    assert torch.allclose(path.z_t - t[:, None] * path.target, z_0, atol=1e-6)
+
+
+def test_shot_losses_are_means_over_each_shots_own_rows():
+    velocity, target, shot = torch.randn(6, 4), torch.randn(6, 4), torch.tensor([0, 0, 0, 2, 2, 2])
+    by_hand = [((velocity[a:b] - target[a:b]) ** 2).mean() for a, b in ((0, 3), (3, 6))]
+    assert torch.allclose(shot_losses(velocity, target, shot, 3), torch.stack([by_hand[0], torch.tensor(0.0), by_hand[1]]))
+
+
+def test_time_shift_keeps_the_ends_and_moves_the_middle():
+    u = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(shift_time(u, 1.0), u)
+    assert torch.allclose(shift_time(u, 3.0), torch.tensor([0.0, 0.75, 1.0]))
+    assert shot_shift(3.0, 400, 100) == 6.0 and shot_shift(3.0, 400) == 3.0
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    a, b, other = batch(step=3), batch(step=3), batch(step=4)
+    assert a.layout == b.layout and a.layout != other.layout
+    for name in ("latents", "ids", "places", "normal", "noise"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+def test_a_slot_does_not_depend_on_the_size_of_the_batch():
+    few, many = batch(scenes=2), batch(scenes=5)
+    rows = sum(shot.video_rows for scene in few.layout.scenes for shot in scene)
+    assert few.layout.scenes == many.layout.scenes[:2]
+    assert torch.equal(few.noise, many.noise[:rows]) and torch.equal(few.latents, many.latents[:rows])
+
+
+def test_shares_of_the_mixture_and_of_images_are_those_asked_for():
+    layouts = [scene for step in range(60) for scene in batch(step=step, scenes=10, drop_probability=0.0).layout.scenes]
+    single = np.mean([scene[0].role == "shot" for scene in layouts])
+    shots = [shot for scene in layouts for shot in scene if shot.role == "shot"]
+    images = np.mean([shot.video[0] == 1 for shot in shots])
+    assert abs(single - 0.25) < 0.06 and abs(images - 0.3) < 0.05
+
+
+def test_dropped_prompts_are_the_null_prompt_and_images_are_frames_of_their_shot():
+    all_dropped = batch(drop_probability=1.0, image_probability=1.0)
+    assert all(shot.text == 1 for shot in all_dropped.layout.shots)
+    assert all(shot.video == (1, 4, 4) for shot in all_dropped.layout.shots if shot.role == "shot")
+    sample = ToyScenes().sample("cut", np.random.default_rng(0))
+    assert any(np.array_equal(sample.shots[0].images[i], frame) for i in range(3) for frame in sample.shots[0].latents)
+
+
+def test_the_dummy_video_of_a_global_prompt_is_zero_and_has_no_loss():
+    sample = ToyScenes().sample("cut", np.random.default_rng(0), shots=2)
+    packed = pack([sample], tokenizer(), PATCH, "bidirectional")
+    assert packed.is_shot.tolist() == [False, True, True] and not packed.latents[0].any()
+    b = batch(scenes=3)
+    model = MMDiT(replace(tiny(), blocks=1)).double()
+    torch.nn.init.normal_(model.video_out.weight)
+    times = torch.full((len(b.layout.shots),), 0.5)
+    noisy = replace(b, noise=torch.where(b.is_shot[b.layout.streams().video_shot][:, None], b.noise, 1e6))
+    assert batch_loss(model, b, times, 1.0, torch.float64, "auto") == batch_loss(model, noisy, times, 1.0, torch.float64, "auto")
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def test_resume_gives_bitwise_the_same_losses_and_weights(tmp_path):
+    Trainer(small(), tmp_path / "whole").run()
+    first = Trainer(small(), tmp_path / "parts")
+    for _ in range(5):  # dies between two checkpoints
+        record = first.train_step()
+        with (tmp_path / "parts" / "log.jsonl").open("a") if first.step > 1 else _log(tmp_path / "parts") as log:
+            log.write(record.line() + "\n")
+        if first.step == 3:
+            first.save()
+    second = Trainer(small(), tmp_path / "parts")
+    assert second.resume() and second.step == 3
+    second.run()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    a, b = (load_weights(tmp_path / name)[0] for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _log(folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / "log.jsonl").open("a")
+
+
+def test_loss_falls_on_toy_scenes(tmp_path):
+    Trainer(small(steps=60, scenes=4, lr=3e-3, save_every=60), tmp_path).run()
+    curve = losses(tmp_path)
+    assert np.mean(curve[-10:]) < 0.7 * np.mean(curve[:3])
+
+
+def test_resuming_with_another_configuration_is_refused(tmp_path):
+    Trainer(small(steps=3), tmp_path).run()
+    with pytest.raises(ValueError, match="lr="):
+        Trainer(small(steps=3, lr=1.0), tmp_path).resume()
+
+
+def test_the_papers_figures_stand_in_the_runs():
+    lct, causal = paper_lct(), paper_lct_causal()
+    assert (lct.steps, lct.data.shots, lct.visibility, lct.shift) == (135_000, 9, "bidirectional", 1.0)
+    assert (causal.steps, causal.visibility, causal.init) == (9_000, "context_causal", "runs/paper_lct")
+    assert lct.data.no_cut == pytest.approx(2 * lct.data.cut) and lct.data.single > 0
+    stages = [run(name) for name in ("tiny_pretrain", "tiny_text_rope", "tiny_lct", "tiny_causal")]
+    assert [s.text_scale for s in stages] == [0.0, 1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="tiny_lct"):
+        run("paper_ltc")
+    assert set(RUNS) == {function().name for function in RUNS.values()}
+
+
+def test_configurations_survive_json():
+    for function in RUNS.values():
+        config = function()
+        assert TrainConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path):
+    Trainer(small(steps=2, save_every=1), tmp_path / "run").run()
+    return tmp_path / "run"
+
+
+def test_a_flipped_bit_is_named_in_every_file(trained):
+    folder = latest(trained)
+    rng = np.random.default_rng(0)
+    for file in [f for f in folder.iterdir() if f.name != "manifest.json"]:
+        content = file.read_bytes()
+        for position in rng.integers(len(content), size=5):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << int(rng.integers(8))
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{file.name}: damaged"):
+                verify(folder)
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=f"{file.name}: damaged"):
+            load_model(folder)
+        file.write_bytes(content)
+    assert verify(folder)["step"] == 2
+
+
+def test_a_missing_file_or_manifest_is_named(trained):
+    folder = latest(trained)
+    (folder / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"ema.safetensors: missing"):
+        load_model(trained)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json: damaged"):
+        verify(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        verify(folder)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        latest(trained / "nowhere")
+
+
+def test_an_interrupted_save_leaves_the_older_checkpoint_the_newest(tmp_path, monkeypatch):
+    trainer = Trainer(small(steps=2, save_every=1), tmp_path)
+    trainer.train_step()
+    trainer.save()
+    trainer.train_step()
+
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lct.train.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        trainer.save()
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000001"]
+    assert verify(latest(tmp_path))["step"] == 1
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_shared_weights_carry_their_configuration(trained, tmp_path):
+    weights, config = load_weights(trained)
+    save_weights(tmp_path / "w.safetensors", weights, config, torch.float16)
+    model, again = load_model(tmp_path / "w.safetensors")
+    assert again == config
+    assert all(torch.equal(p, weights[name].half().float()) for name, p in model.named_parameters())
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:500])
+    for bad, match in ((tmp_path / "cut.safetensors", "not a weights file"), (tmp_path / "none.safetensors", "no such file")):
+        with pytest.raises((ValueError, FileNotFoundError), match=match):
+            load_model(bad)
+
+
+def test_weights_of_another_model_are_refused_by_name(trained, tmp_path):
+    weights, config = load_weights(trained)
+    save_weights(tmp_path / "w.safetensors", weights, config, torch.float32)
+    wider = replace(config.model, width=64)
+    with pytest.raises(ValueError, match=r"w.safetensors: weight .*expected shape"):
+        Trainer(small(model=wider, init=str(tmp_path / "w.safetensors")), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"is missing"):
+        Trainer(small(model=replace(config.model, blocks=2), init=str(tmp_path / "w.safetensors")), tmp_path / "out")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_anything_changes(tmp_path):
+    trainer = Trainer(small(), tmp_path)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.video_out.bias.data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="gradient norm"):
+        trainer.train_step()
+    changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
+    assert changed == ["video_out.bias"] and not list(tmp_path.iterdir())
+    shutil.rmtree(tmp_path)
+
+
+def test_no_two_toy_words_share_a_bucket():
+    model = MMDiT(tiny())
+    words = {word for i in range(100) for word in _words(ToyScenes("three_characters").sample("cut", np.random.default_rng(i)))}
+    assert len({model.text_encoder.tokenize(word)[0] for word in words | {"[SHOT CUT]"}}) == len(words) + 1
+
+
+def _words(sample):
+    prompts = [sample.global_prompt, *(shot.prompt for shot in sample.shots)]
+    return {word.lower() for prompt in prompts for word in prompt.replace("-", " ").replace(".", "").split()}

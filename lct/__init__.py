@@ -13,8 +13,8 @@ _HOMES = {
     "attention": "lct.kernels",
     "norm_rope_join": "lct.kernels",
     "norm_rope_append_": "lct.kernels",
-    "KVCache": "lct.model",
-    "MMDiT": "lct.model",
+    "KVCache": "lct.model.cache",
+    "MMDiT": "lct.model.mmdit",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,6 +1,6 @@
 """The command line: `lct demo`, `train`, `sample`, `ingest`, `mask`, `estimate`, `doctor`. Starts without torch.
 
-Every command raises ValueError, OSError or ImportError for what a user can mend; `main` prints one line and exits with 2.
+What a user can mend is a ValueError, OSError or ImportError; `main` prints it in one line and exits with 2.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from lct.train.config import TrainConfig
+from lct.train.runs import RUNS, run
 
 
 def demo(out: Path = Path("demo"), scenes: int = 64) -> int:
@@ -26,12 +29,33 @@ def demo(out: Path = Path("demo"), scenes: int = 64) -> int:
 
 
 @dataclass(frozen=True)
-class _Train:
+class TrainCommand:
+    """Train a run, or resume it."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder of log and checkpoints; runs/NAME by default. An unfinished run there is resumed."""
+    share: Path | None = None
+    """Also write the averaged weights as one fp16 .safetensors file."""
     impl: str = "auto"
     """Attention implementation."""
     device: str = "cpu"
+
+    def run(self) -> None:
+        from lct.progress import training
+        from lct.train.checkpoint import load_weights, save_weights
+        from lct.train.trainer import Trainer
+
+        config, out = self.config, self.out or Path("runs") / self.config.name
+        trainer = Trainer(config, out, self.device, self.impl)
+        if trainer.resume():
+            print(f"resuming {out} at step {trainer.step}")
+        with training(config.name, config.steps, trainer.step) as progress:
+            folder = trainer.run(progress)
+        print(folder)
+        if self.share is not None:
+            save_weights(self.share, *load_weights(folder))
+            print(self.share)
 
 
 def train(run: tyro.conf.Positional[str]) -> None:
@@ -39,33 +63,15 @@ def train(run: tyro.conf.Positional[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from lct.train.config import TrainConfig
-    from lct.train.runs import RUNS, run
-
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: lct train RUN [options]\n")
         for name, function in RUNS.items():
             print(f"  {name:18s}{(function.__doc__ or '').splitlines()[0]}")
         print("\n`lct train RUN --help` lists every option of a run.")
         return
-    name, rest = arguments[0], arguments[1:]
-    config = run(name)
-
-    def command(
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
-        where: Annotated[_Train, tyro.conf.arg(name="")] = _Train(),
-    ) -> None:
-        from lct.progress import training
-        from lct.train.trainer import Trainer
-
-        out = where.out or Path("runs") / config.name
-        trainer = Trainer(config, out, where.device, where.impl)
-        if trainer.resume():
-            print(f"resuming {out} at step {trainer.step}")
-        with training(config.name, config.steps, trainer.step) as progress:
-            print(trainer.run(progress))
-
-    tyro.cli(command, args=rest, prog=f"lct train {name}", description=(RUNS[name].__doc__ or "").splitlines()[0])
+    name, *rest = arguments
+    default, about = TrainCommand(run(name)), (RUNS[name].__doc__ or "").splitlines()[0]
+    tyro.cli(TrainCommand, default=default, args=rest, prog=f"lct train {name}", description=about).run()
 
 
 def sample(

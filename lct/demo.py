@@ -1,4 +1,4 @@
-"""`lct demo`: tune a tiny model in the paper's stages, let it direct held-out scenes, measure it, show it on one page."""
+"""`lct demo`: tune a tiny model in the paper's stages, let it direct held-out scenes, measure them, show them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lct.data.scenes import SceneSample, shot_prompt
 from lct.data.video import write_video
 from lct.draw import contact_sheet, mask_picture, positions_picture
 from lct.evaluate import MODES, Frames, Interval, generate, held_out, score, true_frames
-from lct.layout import Shot, SceneLayout
-from lct.model import MMDiT
+from lct.layout import SceneLayout, Shot
+from lct.model.mmdit import MMDiT
 from lct.progress import counting, training
 from lct.report import Heading, Metric, Metrics, Picture, Text, Video, write_page
 from lct.sample import Sampling
@@ -158,7 +158,11 @@ def _write(out: Path, samples, frames: dict[str, Frames], scores, rows: list[Met
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "scores": {mode: _plain(values) for mode, values in scores.items()},
-        "targets": [{"name": r.name, "value": r.value, "target": r.target, "met": r.passed} for r in rows if r.passed is not None],
+        "targets": [
+            {"name": r.name, "value": r.value, "target": r.target, "met": r.passed}
+            for r in rows
+            if r.passed is not None
+        ],
     }
     with new_file(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1))

@@ -20,7 +20,7 @@ OPTIONAL = {
 
 
 def attention_report(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
-    """For each implementation of attention, why `auto` does not take it for this device and dtype; empty where it may."""
+    """Per implementation of attention, why `auto` does not take it for this device and dtype; empty where it may."""
     probe = torch.zeros(1, 1, 64, dtype=dtype, device=device)
     report = {}
     for name in select.ATTENTION:
@@ -32,17 +32,25 @@ def attention_report(device: torch.device, dtype: torch.dtype) -> dict[str, list
 
 def print_report() -> None:
     console = Console()
-    console.print(f"lct {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
+    console.print(
+        f"lct {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
+    )
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     console.print(f"threads {torch.get_num_threads()}, GPUs {len(devices) - 1}")
     for device in devices:
         dtypes = [torch.float32] if device.type == "cpu" else [torch.bfloat16, torch.float32]
         for dtype in dtypes:
-            table = Table("attention", "state", title=f"{device}, {str(dtype).removeprefix('torch.')}", title_justify="left")
+            table = Table(
+                "attention", "state", title=f"{device}, {str(dtype).removeprefix('torch.')}", title_justify="left"
+            )
             report = attention_report(device, dtype)
             chosen = next(name for name, reasons in report.items() if not reasons)
             for name, reasons in report.items():
-                state = "[bold green]auto takes it[/]" if name == chosen else "; ".join(reasons) or "can run, auto has a faster one"
+                state = (
+                    "[bold green]auto takes it[/]"
+                    if name == chosen
+                    else "; ".join(reasons) or "can run, auto has a faster one"
+                )
                 table.add_row(name, state)
             console.print(table)
     for module, use in OPTIONAL.items():

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lct.layout import SceneLayout
-from lct.model import MMDiT, preset
+from lct.model.config import preset
+from lct.model.mmdit import MMDiT
 
 
 def estimate(name: str, layout: SceneLayout) -> dict[str, float]:
@@ -48,7 +49,10 @@ def print_estimate(name: str, layout: SceneLayout, tflops: float) -> None:
         (f"at {tflops:g} TFLOP/s", f"forward {e['forward'] / rate:.3g} s, training {e['training'] / rate:.3g} s"),
         ("keys and values", f"{_bytes(e['keys and values'])} in bf16, all blocks"),
         ("weights", f"{_bytes(e['weights'])} in bf16"),
-        ("training state", f"{_bytes(e['training state'])}: fp32 weights, gradients, both AdamW moments; no activations"),
+        (
+            "training state",
+            f"{_bytes(e['training state'])}: fp32 weights, gradients, both AdamW moments; no activations",
+        ),
     ):
         table.add_row(key, value)
     Console().print(table)

@@ -12,7 +12,7 @@ from lct.data.latents import unpatchify
 from lct.data.readout import colour_error, hue_spread, read_shot, score_shots
 from lct.data.scenes import SceneSample
 from lct.data.toy import ToyScenes, to_frames
-from lct.model import MMDiT
+from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, autoregressive, joint
 
 MODES = ("joint", "auto-regressive", "isolated")
@@ -49,7 +49,12 @@ def true_frames(samples: Sequence[SceneSample]) -> Frames:
 
 
 def generate(
-    mode: str, joint_model: MMDiT, causal_model: MMDiT, samples: Sequence[SceneSample], sampling: Sampling, seed: int = 1
+    mode: str,
+    joint_model: MMDiT,
+    causal_model: MMDiT,
+    samples: Sequence[SceneSample],
+    sampling: Sampling,
+    seed: int = 1,
 ) -> Frames:
     """The shots of every sample, generated from its prompts; the auto-regressive mode is given the first shot.
 

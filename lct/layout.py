@@ -215,7 +215,7 @@ class SceneLayout:
         return self.plan().pairs
 
     def flops(self, heads: int, head_dim: int, backward: bool = False) -> int:
-        """Floating-point operations of one attention over visible pairs: 4·pairs·A·D forward, 2.5 times that backward."""
+        """Operations of one attention over visible pairs: 4·pairs·A·D forward, 2.5 times that backward."""
         forward = 4 * self.pairs * heads * head_dim
         return forward * 5 // 2 if backward else forward
 

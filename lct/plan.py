@@ -24,7 +24,7 @@ ROW_MULTIPLE = 16  # tables are padded to it, so that scenes of 1 to 9 shots sha
 
 @dataclass(frozen=True)
 class Run:
-    """Rows [start, end) and the intervals of rows on the other side that belong to them; sorted, disjoint, not empty."""
+    """Rows [start, end) and the intervals of rows on the other side that they see; sorted, disjoint, not empty."""
 
     start: int
     end: int
@@ -47,7 +47,7 @@ def merge_intervals(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
 
 
 def merge_runs(runs: Iterable[Run], rows: int) -> tuple[Run, ...]:
-    """Runs that cover [0, rows) in order: gaps become runs that see nothing, neighbours that see the same are joined."""
+    """Runs that cover [0, rows) in order: gaps become runs that see nothing, neighbours that see the same join."""
     covered: list[Run] = []
 
     def add(run: Run) -> None:
@@ -132,7 +132,7 @@ class Plan:
 
     @classmethod
     def build(cls, runs: Iterable[Run], q_rows: int, k_rows: int, device: str | torch.device = "cpu") -> Plan:
-        """Plan from any disjoint runs; uncovered query rows see nothing. ValueError where a run leaves its row space."""
+        """Plan of any disjoint runs; uncovered query rows see nothing. ValueError where a run leaves its row space."""
         import torch
 
         covered = merge_runs((Run(r.start, r.end, merge_intervals(r.sees)) for r in runs), q_rows)
@@ -141,7 +141,7 @@ class Plan:
                 raise ValueError(f"runs: expected key intervals within {k_rows} rows, got {run.sees}")
         key_runs = transpose_runs(covered, k_rows)
         host, host_key = torch.from_numpy(run_table(covered)), torch.from_numpy(run_table(key_runs))
-        # Host and device tables are distinct tensors on every device: one tensor passed twice breaks fullgraph compiles.
+        # Host and device tables are distinct tensors everywhere: one tensor passed twice breaks fullgraph compiles.
         table, key_table = host.to(device, copy=True), host_key.to(device, copy=True)
         return cls(q_rows, k_rows, covered, key_runs, table, key_table, host, host_key)
 

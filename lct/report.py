@@ -25,15 +25,16 @@ h2 { font-size: 1.3rem; line-height: 1.3; margin: 3rem 0 .75rem; font-weight: 60
 p { max-width: 44rem; margin: .75rem 0; white-space: pre-line; }
 figure { margin: 1.25rem 0; }
 .wide { overflow-x: auto; border-radius: .5rem; }
-figure img { display: block; max-width: max(100%, 40rem); height: auto; background: #fff; border-radius: .5rem; }
+figure img { display: block; max-width: max(100%, 34rem); height: auto; background: #fff; border-radius: .5rem; }
 figure video { display: block; width: 24rem; max-width: 100%; border-radius: .5rem; background: #000;
   image-rendering: pixelated; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; max-width: 44rem; }
-table { border-collapse: collapse; width: 100%; min-width: 30rem; font-size: .95rem; overflow-wrap: normal; }
+table { border-collapse: collapse; width: 100%; font-size: .95rem; overflow-wrap: normal; }
 th, td { padding: .5rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 thead th { color: var(--soft); font-weight: 500; font-size: .85rem; background: var(--bar); }
 tbody th { font-weight: 400; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .5rem .4rem; } }
 .pass { color: var(--good); white-space: nowrap; }
 .fail { color: var(--bad); white-space: nowrap; font-weight: 600; }
 """
@@ -69,7 +70,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number as it is to be shown ("0.12 ± 0.03"), its target ("≤ 0.15") and whether it meets that, if it has one."""
+    """One number as shown ("0.12 ± 0.03"), its target ("≤ 0.15"), and whether it is met (None: no target)."""
 
     name: str
     value: str

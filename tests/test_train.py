@@ -11,8 +11,9 @@ import torch
 
 from lct.data.batch import draw_batch, pack
 from lct.data.toy import ToyScenes
-from lct.model import MMDiT, tiny
+from lct.model.config import tiny
 from lct.model.flow import noised, shift_time, shot_losses, shot_shift
+from lct.model.mmdit import MMDiT
 from lct.train.checkpoint import checkpoints, latest, load_model, load_weights, save_weights, verify
 from lct.train.config import TrainConfig
 from lct.train.runs import RUNS, paper_lct, paper_lct_causal, run, tiny_lct
@@ -38,7 +39,9 @@ def tokenizer():
 
 def batch(step=0, seed=0, scenes=4, **probabilities):
     options = {"image_probability": 0.3, "drop_probability": 0.3} | probabilities
-    return draw_batch(ToyScenes(), tokenizer(), PATCH, "context_causal", MIXTURE, scenes=scenes, seed=seed, step=step, **options)
+    return draw_batch(
+        ToyScenes(), tokenizer(), PATCH, "context_causal", MIXTURE, scenes=scenes, seed=seed, step=step, **options
+    )
 
 
 # -- flow --------------------------------------------------------------------------------------------------------------
@@ -54,7 +57,9 @@ def test_the_path_runs_from_data_to_noise_at_constant_velocity():
 def test_shot_losses_are_means_over_each_shots_own_rows():
     velocity, target, shot = torch.randn(6, 4), torch.randn(6, 4), torch.tensor([0, 0, 0, 2, 2, 2])
     by_hand = [((velocity[a:b] - target[a:b]) ** 2).mean() for a, b in ((0, 3), (3, 6))]
-    assert torch.allclose(shot_losses(velocity, target, shot, 3), torch.stack([by_hand[0], torch.tensor(0.0), by_hand[1]]))
+    assert torch.allclose(
+        shot_losses(velocity, target, shot, 3), torch.stack([by_hand[0], torch.tensor(0.0), by_hand[1]])
+    )
 
 
 def test_time_shift_keeps_the_ends_and_moves_the_middle():
@@ -106,7 +111,9 @@ def test_the_dummy_video_of_a_global_prompt_is_zero_and_has_no_loss():
     torch.nn.init.normal_(model.video_out.weight)
     times = torch.full((len(b.layout.shots),), 0.5)
     noisy = replace(b, noise=torch.where(b.is_shot[b.layout.streams().video_shot][:, None], b.noise, 1e6))
-    assert batch_loss(model, b, times, 1.0, torch.float64, "auto") == batch_loss(model, noisy, times, 1.0, torch.float64, "auto")
+    assert batch_loss(model, b, times, 1.0, torch.float64, "auto") == batch_loss(
+        model, noisy, times, 1.0, torch.float64, "auto"
+    )
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -230,7 +237,10 @@ def test_shared_weights_carry_their_configuration(trained, tmp_path):
     assert again == config
     assert all(torch.equal(p, weights[name].half().float()) for name, p in model.named_parameters())
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:500])
-    for bad, match in ((tmp_path / "cut.safetensors", "not a weights file"), (tmp_path / "none.safetensors", "no such file")):
+    for bad, match in (
+        (tmp_path / "cut.safetensors", "not a weights file"),
+        (tmp_path / "none.safetensors", "no such file"),
+    ):
         with pytest.raises((ValueError, FileNotFoundError), match=match):
             load_model(bad)
 
@@ -258,10 +268,18 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_changes(tmp_path):
 
 def test_no_two_toy_words_share_a_bucket():
     model = MMDiT(tiny())
-    words = {word for i in range(100) for word in _words(ToyScenes("three_characters").sample("cut", np.random.default_rng(i)))}
+    words = {
+        word
+        for i in range(100)
+        for word in _words(ToyScenes("three_characters").sample("cut", np.random.default_rng(i)))
+    }
     assert len({model.text_encoder.tokenize(word)[0] for word in words | {"[SHOT CUT]"}}) == len(words) + 1
 
 
 def _words(sample):
     prompts = [sample.global_prompt, *(shot.prompt for shot in sample.shots)]
-    return {word.lower() for prompt in prompts for word in prompt.replace("-", " ").replace(".", "").split()}
+    return {
+        word.lower()
+        for prompt in prompts
+        for word in prompt.replace("-", " ").replace(".", "").replace(":", "").split()
+    }

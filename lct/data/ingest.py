@@ -95,9 +95,7 @@ def ingest(
             write_scene(folder / f"scene-{i:03d}", scene, latents)
             sizes.append(tuple(entry.size for entry in entries))
     durations = tuple(tuple((end - start) / small.fps for start, end in spans) for spans in scenes)
-    return IngestReport(
-        small.fps, len(small.frames), tuple(cuts), tuple(map(tuple, scenes)), tuple(sizes), durations
-    )
+    return IngestReport(small.fps, len(small.frames), tuple(cuts), tuple(map(tuple, scenes)), tuple(sizes), durations)
 
 
 def find_cuts(frames: Iterable[np.ndarray], fps: float) -> list[int]:

@@ -19,7 +19,7 @@ PALETTE = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 18
 
 
 def shot_names(scene: Sequence[Shot]) -> list[str]:
-    """ "global" and "shot 1", "shot 2", … as the pictures name the shots of one scene."""
+    """What the pictures call the shots of one scene: "global", "shot 1", "shot 2", …"""
     first = 0 if scene[0].role == "global" else 1
     return ["global" if shot.role == "global" else f"shot {first + i}" for i, shot in enumerate(scene)]
 
@@ -36,6 +36,7 @@ def mix(colour: RGB, other: RGB, share: float) -> RGB:
 
 @lru_cache(maxsize=32)
 def font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own letters, this many pixels high; the same on every machine."""
     return ImageFont.load_default(size=pixels)
 
 

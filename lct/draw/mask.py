@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,7 +17,7 @@ from lct.layout import SceneLayout
 
 UNSEEN = (241, 243, 246)
 TITLES = {"isolated": "Isolated", "bidirectional": "Bidirectional", "context_causal": "Context-causal"}
-THINNEST = 3  # pixels that the smallest part of a shot gets in a mask, so that a short prompt does not vanish
+THINNEST = 4  # pixels that the smallest part of a shot gets in a mask, so that a short prompt does not vanish
 
 
 def pair_colour(key_colour: RGB, own: bool, texts: int) -> RGB:
@@ -31,13 +31,11 @@ class MaskGrid:
     """Where the pairs of a layout lie in its mask picture, in pixels.
 
     left, top  corner of the square of pairs
-    rows       first row of every part (text, video, text, …), then S
-    edges      their distance from that corner, along either axis
+    edges      of every part (text, video, text, …), counted from that corner along either axis
     """
 
     left: int
     top: int
-    rows: tuple[int, ...]
     edges: tuple[int, ...]
 
     @classmethod
@@ -50,18 +48,12 @@ class MaskGrid:
         widths[~thin] *= (size - least * thin.sum()) / max(widths[~thin].sum(), 1e-9)
         widths[thin] = least
         edges = np.rint(np.cumsum([0.0, *widths])).astype(int)
-        rows = tuple(accumulate((int(n) for n in parts), initial=0))
         left, top = (216, 188) if len(layout.scenes) > 1 else (140, 160)
-        return cls(round(size * left / 720), round(size * top / 720), rows, tuple(edges.tolist()))
+        return cls(round(size * left / 720), round(size * top / 720), tuple(edges.tolist()))
 
     @property
     def side(self) -> int:
         return self.edges[-1]
-
-    def pixel(self, query: int, key: int) -> tuple[int, int]:
-        """(x, y) in the middle of one pair, or of the pixel that it shares."""
-        x, y = (np.interp(row + 0.5, self.rows, self.edges) for row in (key, query))
-        return self.left + int(x), self.top + int(y)
 
 
 def mask_picture(layout: SceneLayout, size: int = 720) -> Image.Image:
@@ -89,7 +81,7 @@ def mask_picture(layout: SceneLayout, size: int = 720) -> Image.Image:
 
 
 def _draw_pairs(draw: ImageDraw.ImageDraw, grid: MaskGrid, layout: SceneLayout) -> None:
-    draw.rectangle((grid.left, grid.top, grid.left + grid.side - 1, grid.top + grid.side - 1), UNSEEN)
+    _fill(draw, grid.left, grid.top, grid.left + grid.side, grid.top + grid.side, UNSEEN)
     for scene, shots in enumerate(layout.scenes):
         first, names = layout.first_shots[scene], shot_names(shots)
         for query in range(len(shots)):

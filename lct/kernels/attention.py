@@ -39,7 +39,9 @@ def _forward_fake(q, k, v, table, host_table, scale, impl):
 
 
 @torch.library.register_fake("lct::attention_backward")
-def _backward_fake(dout, dlse, q, k, v, out, lse, table, key_table, host_table, host_key_table, scale, deterministic, impl):
+def _backward_fake(
+    dout, dlse, q, k, v, out, lse, table, key_table, host_table, host_key_table, scale, deterministic, impl
+):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -103,7 +105,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         if x.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
     if plan.table.device != q.device:
-        raise ValueError(f"plan: expected it on {q.device}, got {plan.table.device}; build it with layout.plan({str(q.device)!r})")
+        raise ValueError(
+            f"plan: expected it on {q.device}, got {plan.table.device}; build it with layout.plan({str(q.device)!r})"
+        )
     if q.shape[0] != plan.q_rows:
         raise ValueError(f"q: the plan has {plan.q_rows} query rows, got {q.shape[0]}")
     if k.shape != v.shape:
@@ -112,5 +116,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         raise ValueError(f"k: the plan has {plan.k_rows} key rows, got {k.shape[0]}")
     if k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"k: expected head_dim {q.shape[2]} and a number of heads that divides {q.shape[1]}, got {tuple(k.shape[1:])}"
+            f"k: expected head_dim {q.shape[2]} and heads that divide {q.shape[1]}, got {tuple(k.shape[1:])}"
         )

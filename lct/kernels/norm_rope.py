@@ -1,4 +1,4 @@
-"""QK-norm, 3D RoPE and the way into joint order or into the KV cache: one operation between QKV projection and attention."""
+"""QK-norm, 3D RoPE and the way into joint order or the KV cache: what stands between QKV projection and attention."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class NormRope:
 
 
 _ARGUMENTS = (
-    "Tensor text_qkv, Tensor video_qkv, Tensor text_q_norm, Tensor text_k_norm, Tensor video_q_norm, Tensor video_k_norm, "
-    "Tensor text_rows, Tensor video_rows, Tensor positions"
+    "Tensor text_qkv, Tensor video_qkv, Tensor text_q_norm, Tensor text_k_norm, Tensor video_q_norm, "
+    "Tensor video_k_norm, Tensor text_rows, Tensor video_rows, Tensor positions"
 )
 _OPTIONS = "int heads, int[] axes, float theta, float eps, str scope"
 
@@ -49,7 +49,8 @@ torch.library.define(
     f"(Tensor dq, Tensor dk, Tensor dv, {_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
-    "lct::norm_rope_append_", f"({_ARGUMENTS}, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, {_OPTIONS}) -> Tensor"
+    "lct::norm_rope_append_",
+    f"({_ARGUMENTS}, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, {_OPTIONS}) -> Tensor",
 )
 
 
@@ -67,7 +68,23 @@ def _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positi
 
 
 def _join_backward(
-    dq, dk, dv, text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, heads, axes, theta, eps, scope
+    dq,
+    dk,
+    dv,
+    text_qkv,
+    video_qkv,
+    tqn,
+    tkn,
+    vqn,
+    vkn,
+    text_rows,
+    video_rows,
+    positions,
+    heads,
+    axes,
+    theta,
+    eps,
+    scope,
 ):
     turns = reference.rope_turns(positions, axes, theta, dq.dtype).conj().resolve_conj()
     kv_heads, _ = _kv(video_qkv, heads)
@@ -85,7 +102,9 @@ def _join_backward(
     return *d_qkv, *d_weights
 
 
-def _append(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, *options):
+def _append(
+    text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, *options
+):
     q, k, v = _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, *options)
     k_cache[slots] = k
     v_cache[slots] = v
@@ -110,7 +129,9 @@ def _join_backward_fake(dq, dk, dv, text_qkv, video_qkv, tqn, tkn, vqn, vkn, *re
 
 
 @torch.library.register_fake("lct::norm_rope_append_")
-def _append_fake(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, heads, *o):
+def _append_fake(
+    text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, heads, *o
+):
     return video_qkv.new_empty(text_qkv.shape[0] + video_qkv.shape[0], heads, video_qkv.shape[-1])
 
 
@@ -193,7 +214,9 @@ def norm_rope_append_(
         if cache.ndim != 3 or tuple(cache.shape[1:]) != kv:
             raise ValueError(f"{name}: expected [rows, {kv[0]}, {kv[1]}], got {tuple(cache.shape)}")
         if cache.dtype != video_qkv.dtype or cache.device != video_qkv.device:
-            raise TypeError(f"{name}: expected {video_qkv.dtype} on {video_qkv.device}, got {cache.dtype} on {cache.device}")
+            raise TypeError(
+                f"{name}: expected {video_qkv.dtype} on {video_qkv.device}, got {cache.dtype} on {cache.device}"
+            )
     if slots.shape != (len(positions),) or slots.dtype != torch.int64:
         raise ValueError(f"slots: expected int64 [{len(positions)}], got {slots.dtype} {list(slots.shape)}")
     return torch.ops.lct.norm_rope_append_(*tensors, slots, k_cache, v_cache, *options)
@@ -207,7 +230,7 @@ def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spe
             raise ValueError(f"{name}: the layout has {len(at)} rows in this stream, got {qkv.shape[0]}")
     if text_qkv.shape[1:] != video_qkv.shape[1:] or text_qkv.dtype != video_qkv.dtype:
         raise ValueError(
-            f"text_qkv: expected heads, head_dim and dtype of video_qkv, {tuple(video_qkv.shape[1:])} {video_qkv.dtype}, "
+            f"text_qkv: expected heads, head_dim, dtype of video_qkv, {tuple(video_qkv.shape[1:])} {video_qkv.dtype}, "
             f"got {tuple(text_qkv.shape[1:])} {text_qkv.dtype}"
         )
     kv_heads, dim = _kv(video_qkv, spec.heads)
@@ -217,7 +240,9 @@ def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spe
     for stream, weights in (("text_norm", text_norm), ("video_norm", video_norm)):
         for name, weight, size in zip(("q", "k"), weights, sizes, strict=True):
             if tuple(weight.shape) != (size,):
-                raise ValueError(f"{stream} {name}: expected [{size}] for scope {spec.scope!r}, got {list(weight.shape)}")
+                raise ValueError(
+                    f"{stream} {name}: expected [{size}] for scope {spec.scope!r}, got {list(weight.shape)}"
+                )
     rows = text_qkv.shape[0] + video_qkv.shape[0]
     if tuple(positions.shape) != (rows, 3) or positions.dtype != torch.float32:
         raise ValueError(f"positions: expected float32 [{rows}, 3], got {positions.dtype} {list(positions.shape)}")

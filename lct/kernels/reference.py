@@ -36,14 +36,24 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scal
         keys, values = _visible(k, run, q.shape[1]), _visible(v, run, q.shape[1])
         scores = torch.einsum("sad,tad->ast", rows, keys).to(wide) * scale
         lse = torch.logsumexp(scores, dim=-1)
-        probabilities = (scores - lse[..., None]).exp()
+        probabilities = scores.softmax(
+            -1
+        )  # exp(scores − lse) sums to T, not 1, where log T is below the rounding of lse
         outs.append(torch.einsum("ast,tad->sad", probabilities.to(q.dtype), values))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Sequence[Run], scale: float
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    runs: Sequence[Run],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attention_forward`, with P = exp(scale · q kᵀ − lse) and δ = Σ_d dout · out − dlse:
 
@@ -52,8 +62,8 @@ def attention_backward(
     wide = statistics_dtype(q.dtype)
     delta = torch.einsum("sad,sad->as", dout.to(wide), out.to(wide)) - dlse
     group = q.shape[1] // k.shape[1]
-    dq = torch.zeros_like(q)
-    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
     for run in runs:
         if not run.sees:
             continue
@@ -88,7 +98,7 @@ def _add_visible(total: Tensor, run: Run, part: Tensor) -> None:
 
 
 def rope_turns(positions: Tensor, axes: Sequence[int], theta: float, dtype: torch.dtype) -> Tensor:
-    """Unit complex numbers exp(i · pos · theta^(−2m/d)), [S, Σ axes / 2]; axis (t, y, x) with d channels has d/2 pairs m.
+    """Unit complex numbers exp(i · pos · theta^(−2m/d)), [S, Σ axes / 2]; an axis with d channels has d/2 pairs m.
 
     Angles are formed in float64 and then rounded: at position 1e5 a plain fp32 product is off by 1e-3 radians.
     """

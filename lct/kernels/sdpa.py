@@ -1,4 +1,4 @@
-"""Exact attention as one call of torch's SDPA per run, on the CPU: its strongest peer that needs nothing, and the default."""
+"""Exact attention as one call of torch's SDPA per run, on the CPU, where it is the default."""
 
 from __future__ import annotations
 
@@ -39,7 +39,15 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scal
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Sequence[Run], scale: float
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    runs: Sequence[Run],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.attention_backward`."""
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -74,7 +82,7 @@ def attention_backward(
 def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
     """[R, A, D] -> [1, A_kv, G·R, D]: all queries of a run see the same keys, so a group of heads is just more rows."""
     grouped = rows.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    return grouped.reshape(1, kv_heads, -1, rows.shape[-1])
+    return _dense_channels(grouped.reshape(1, kv_heads, -1, rows.shape[-1]))
 
 
 def _ungrouped(grouped: Tensor, heads: int) -> Tensor:
@@ -85,7 +93,12 @@ def _visible(rows: Tensor, run: Run) -> Tensor:
     """The rows a run sees as [1, A_kv, T, D]; a view where they are one interval."""
     (start, end), *more = run.sees
     seen = torch.cat([rows[a:b] for a, b in run.sees]) if more else rows[start:end]
-    return seen.transpose(0, 1)[None]
+    return _dense_channels(seen.transpose(0, 1)[None])
+
+
+def _dense_channels(x: Tensor) -> Tensor:
+    """The kernel behind SDPA takes the stride of channels for 1 without looking."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _lse_gradients(dlse: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:

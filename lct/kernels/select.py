@@ -35,5 +35,7 @@ def choose(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         raise ValueError(f"impl: expected 'auto' or one of {tuple(ATTENTION)}, got {impl!r}")
     against = reasons(impl, q, k, v)
     if against:
-        raise ValueError(f"impl={impl!r} cannot run: {'; '.join(against)}. Use impl='auto' or another of {tuple(ATTENTION)}")
+        raise ValueError(
+            f"impl={impl!r} cannot run: {'; '.join(against)}. Use impl='auto' or another of {tuple(ATTENTION)}"
+        )
     return impl

@@ -37,7 +37,7 @@ def gated(x: Tensor, branch: Tensor, gate: Tensor, shot: Tensor) -> Tensor:
 
 
 def time_features(times: Tensor, channels: int) -> Tensor:
-    """Sinusoidal features of t in [0, 1], [N] -> [N, channels]; t counts in thousandths, as in the paper's "timestep 500"."""
+    """Sinusoidal features of t in [0, 1], [N] -> [N, channels]; t = 0.5 is the paper's "timestep 500"."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=times.device, dtype=times.dtype) / half)
     angles = 1000 * times[:, None] * frequencies

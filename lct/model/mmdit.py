@@ -1,4 +1,4 @@
-"""The long-context MMDiT (paper Fig. 3a): separate text and video weights, joint attention over all shots of a scene."""
+"""The long-context MMDiT (paper Fig. 3a): separate text and video weights, joint attention over a whole scene."""
 
 from __future__ import annotations
 

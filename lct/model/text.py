@@ -20,7 +20,7 @@ _SALT = 14  # with it no two words of the toy scenes fall into one of 511 bucket
 
 
 class WordEncoder(nn.Module):
-    """Hashed words with learned vectors, and where in the prompt they stand. The null prompt "" is one token of its own."""
+    """Learned vectors of hashed words and of their places in the prompt. The null prompt "" is one token of its own."""
 
     def __init__(self, vocabulary: int, channels: int):
         super().__init__()
@@ -37,4 +37,3 @@ class WordEncoder(nn.Module):
         """ids [S_text], places [S_text] (index of each word in its prompt) -> [S_text, channels]."""
         waves = time_features(places.to(self.words.weight.dtype) / 1000, _WAVES)
         return self.words(ids) + self.places(waves)
-

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lct.layout import Geometry, SceneLayout
-from lct.model import KVCache, MMDiT
+from lct.model.cache import KVCache
+from lct.model.mmdit import MMDiT
 from lct.sample.request import (
     START,
     Prompted,
@@ -50,13 +51,19 @@ class CachedHistory(_History):
     """Keys and values of the history, written once when a shot is committed."""
 
     def __init__(
-        self, model: MMDiT, scenes: int, capacity: int, sampling: Sampling, visibility: str = "context_causal", impl: str = "auto"
+        self,
+        model: MMDiT,
+        scenes: int,
+        capacity: int,
+        sampling: Sampling,
+        visibility: str = "context_causal",
+        impl: str = "auto",
     ):
         super().__init__(model, scenes, sampling, visibility, impl)
         self.cache = KVCache(model.config, scenes, capacity, model.video_out.weight.dtype, self.device)
 
     def begin(self, new: Sequence[Prompted], null: Sequence[Prompted] | None) -> None:
-        """Make ready to denoise one new shot per scene; `null` are the same shots with the null prompt, for guidance."""
+        """Make ready to denoise one new shot per scene; `null` are the same shots with the null prompt, to guide."""
         alternatives = [p.shot for p in null] if null else None
         self._geometry = self._tail(new, alternatives)
         branches = [p for pair in zip(new, null, strict=True) for p in pair] if null else new
@@ -96,7 +103,9 @@ class RecomputedHistory(_History):
         scenes = [scene for branch in self._branches for scene in self._layout(branch).scenes]
         layout = SceneLayout(scenes, self.visibility)
         self._geometry = layout.geometry(self.device, self.sampling.text_scale)
-        prompted = [p for branch in self._branches for old, p1 in zip(self.shots, branch, strict=True) for p in (*old, p1)]
+        prompted = [
+            p for branch in self._branches for old, p1 in zip(self.shots, branch, strict=True) for p in (*old, p1)
+        ]
         self._features = self._text(prompted)
 
     def velocity(self, z: Sequence[Tensor], times: Tensor) -> list[tuple[Tensor, ...]]:
@@ -104,7 +113,11 @@ class RecomputedHistory(_History):
         per_shot = torch.cat([torch.tensor([*self.times, float(t)], dtype=times.dtype) for t in times])
         copies = len(self._branches)
         v = self.model(
-            torch.cat(rows * copies), self._features, per_shot.repeat(copies).to(self.device), self._geometry, impl=self.impl
+            torch.cat(rows * copies),
+            self._features,
+            per_shot.repeat(copies).to(self.device),
+            self._geometry,
+            impl=self.impl,
         )
         parts = v.split([len(x) for x in rows] * copies)[len(self.times) :: len(self.times) + 1]
         return list(zip(*(parts[i * len(z) : (i + 1) * len(z)] for i in range(copies)), strict=True))
@@ -125,7 +138,7 @@ def autoregressive(
     cached: bool = True,
     impl: str = "auto",
 ) -> list[list[Tensor]]:
-    """Generate every scene shot by shot: global prompt and given shots enter the history at t = 0, generated ones at t_c.
+    """Generate scenes shot by shot: global prompt and given shots enter the history at t = 0, generated ones at t_c.
 
     scenes      as many shots in each; a given shot may stand anywhere, and is seen by the shots after it
     visibility  "context_causal", "isolated" or, without a cache, "bidirectional"
@@ -155,7 +168,9 @@ def autoregressive(
         given = {request.given is not None for request in requests}
         if not last:
             time = 0.0 if given == {True} else sampling.history_time
-            kept = [x if r.given is not None else as_history(x, r, time) for x, r in zip(latents, requests, strict=True)]
+            kept = [
+                x if r.given is not None else as_history(x, r, time) for x, r in zip(latents, requests, strict=True)
+            ]
             history.commit(new, kept, time)
         for scene, x in zip(finished, latents, strict=True):
             scene.append(x)

@@ -14,7 +14,7 @@ from lct.data.scenefile import SceneFile, ShotEntry, load_shot, read_scene, writ
 from lct.data.scenes import shot_prompt
 from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet
-from lct.model import MMDiT
+from lct.model.mmdit import MMDiT
 from lct.sample.autoregressive import autoregressive
 from lct.sample.joint import joint
 from lct.sample.request import Sampling, SceneRequest, ShotRequest

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lct.layout import SceneLayout
-from lct.model import MMDiT
+from lct.model.mmdit import MMDiT
 from lct.sample.request import START, Prompted, Sampling, SceneRequest, features, guided, shot_noise
 
 

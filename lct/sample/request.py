@@ -13,8 +13,8 @@ from lct.data.batch import pack_tokens
 from lct.data.latents import patchify
 from lct.data.scenes import SceneSample, shot_prompt
 from lct.layout import GLOBAL_VIDEO, Shot
-from lct.model import MMDiT
 from lct.model.flow import shift_time, shot_shift
+from lct.model.mmdit import MMDiT
 
 START, HISTORY = 0, 1  # the two noises of a shot: where denoising begins, and what it is perturbed with as history
 
@@ -45,7 +45,9 @@ class SceneRequest:
     shots: tuple[ShotRequest, ...]
 
     @classmethod
-    def like(cls, sample: SceneSample, patch: tuple[int, int, int], seed: int, given: Sequence[int] = ()) -> SceneRequest:
+    def like(
+        cls, sample: SceneSample, patch: tuple[int, int, int], seed: int, given: Sequence[int] = ()
+    ) -> SceneRequest:
         """The request for a scene like `sample`: its prompts and sizes, the shots in `given` with their media."""
         shots = []
         for index, shot in enumerate(sample.shots):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lct.data.atomic import new_file, new_folder
-from lct.model import MMDiT
+from lct.model.mmdit import MMDiT
 from lct.train.config import TrainConfig
 
 MANIFEST = "manifest.json"
@@ -38,7 +38,9 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
             save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
         (temporary / "config.json").write_text(json.dumps(asdict(config), indent=1))
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "torch": torch.__version__, "files": files}, indent=1))
+        (temporary / MANIFEST).write_text(
+            json.dumps({"step": step, "torch": torch.__version__, "files": files}, indent=1)
+        )
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -87,7 +89,9 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return load_file(folder / f"{name}.safetensors")
 
 
-def save_weights(file: Path, weights: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype) -> None:
+def save_weights(
+    file: Path, weights: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype = torch.float16
+) -> None:
     """Weights to share, in one safetensors file that carries the configuration they were trained with."""
     with new_file(file) as temporary:
         shared = {name: weight.detach().cpu().to(dtype).contiguous() for name, weight in weights.items()}

@@ -72,7 +72,9 @@ class TrainConfig:
         if self.visibility not in VISIBILITIES:
             raise ValueError(f"visibility: expected one of {VISIBILITIES}, got {self.visibility!r}")
         if self.steps < 1 or self.scenes < 1 or self.save_every < 1:
-            raise ValueError(f"steps, scenes, save_every: expected at least 1, got {self.steps}, {self.scenes}, {self.save_every}")
+            raise ValueError(
+                f"steps, scenes, save_every: expected at least 1, got {self.steps}, {self.scenes}, {self.save_every}"
+            )
         if self.data.single + self.data.cut + self.data.no_cut <= 0:
             raise ValueError("data: expected a positive share of single, cut or no_cut scenes, got none")
 

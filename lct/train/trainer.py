@@ -1,4 +1,4 @@
-"""The training loop of every stage: batch, per-shot times, velocity, per-shot loss, AdamW, EMA, one JSON line a step."""
+"""The training loop of every stage: batch, per-shot times, velocity, per-shot loss, AdamW, EMA, a JSON line a step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lct.data.batch import Batch, Dataset, draw_batch
 from lct.data.folder import SceneFolder
 from lct.data.toy import ToyScenes
-from lct.model import MMDiT
 from lct.model.flow import noised, shift_time, shot_losses
+from lct.model.mmdit import MMDiT
 from lct.train.checkpoint import (
     assign_weights,
     checkpoints,
@@ -84,7 +84,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = MMDiT(config.model).to(device)
         if self.model.text_encoder is None:
-            raise ValueError(f"run {config.name}: text features come from outside, and no encoder for them is wired in yet")
+            raise ValueError(
+                f"run {config.name}: text features come from outside, and no encoder for them is wired in yet"
+            )
         if config.init is not None:
             assign_weights(self.model, load_weights(config.init)[0], config.init)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -151,7 +153,9 @@ class Trainer:
     def save(self) -> Path:
         names = {id(p): name for name, p in self.model.named_parameters()}
         state = {
-            f"{names[id(p)]}.{key}": value for p, values in self.optimizer.state.items() for key, value in values.items()
+            f"{names[id(p)]}.{key}": value
+            for p, values in self.optimizer.state.items()
+            for key, value in values.items()
         }
         ema = {"n_averaged": self.ema.n_averaged}
         tensors = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict(), "optimizer": state | ema}

@@ -94,8 +94,10 @@ def main(options: Options) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(f"{options.shots} shots: cached {cached_s:.2f} s, recomputed {recomputed_s:.2f} s, {measured:.2f} times faster; "
-          f"the FLOP count predicts {predicted:.2f}, {100 * measured / predicted:.0f} % of it is reached")  # fmt: skip
+    print(
+        f"{options.shots} shots: cached {cached_s:.2f} s, recomputed {recomputed_s:.2f} s, {measured:.2f} times faster;"
+        f" the FLOP count predicts {predicted:.2f}, {100 * measured / predicted:.0f} % of it is reached"
+    )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -77,9 +77,10 @@ def run_demo(out: Path, scenes: int) -> int:
     scores = {mode: _with_derived(score(mode, frames[mode], samples)) for mode in MODES}
     rows = _judge(scores)
     seconds = time.monotonic() - began
-    _write(out, samples, frames, scores, rows, stages, seconds)
+    _write(out, samples, frames, scores, rows, stages, seconds, causal.parameter_count())
     for row in rows:
-        print(f"{row.mark}  {row.name:72s}{row.value:>16s}   {row.target}")
+        mark = {True: "met   ", False: "MISSED", None: "      "}[row.passed]
+        print(f"{mark}  {row.name:72s}{row.value:>16s}   {row.target}")
     print(f"{seconds:.0f} s; see {out / 'index.html'}")
     return 0 if all(row.passed for row in rows if row.passed is not None) else 1
 
@@ -132,13 +133,14 @@ def demo_layout(samples: list[SceneSample], visibility: str) -> SceneLayout:
     return SceneLayout([scene], visibility)
 
 
-def _write(out: Path, samples, frames: dict[str, Frames], scores, rows: list[Metric], stages, seconds: float) -> None:
+def _write(
+    out: Path, samples, frames: dict[str, Frames], scores, rows: list[Metric], stages, seconds: float, parameters: int
+) -> None:
     pictures = {
         "mask.png": mask_picture(demo_layout(samples, "context_causal")),
         "positions.png": positions_picture(demo_layout(samples, "context_causal")),
     }
     truth = true_frames(samples)
-    captions = []
     for i in range(min(SHOWN, len(samples))):
         shown = [("truth", truth[i]), *((mode, frames[mode][i]) for mode in MODES)]
         captions = [shot_prompt(shot.prompt, shot.cut) for shot in samples[i].shots]
@@ -166,30 +168,32 @@ def _write(out: Path, samples, frames: dict[str, Frames], scores, rows: list[Met
     }
     with new_file(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1))
+    shown_scenes = [
+        section
+        for i in range(min(SHOWN, len(samples)))
+        for section in (
+            Heading(f"Scene {i + 1}"),
+            Text(samples[i].global_prompt or ""),
+            Picture(f"contact-sheet-{i + 1}.png", f"Scene {i + 1}, frames of its shots side by side"),
+        )
+    ]
     sections = [
         Text(
-            f"A model of {load_parameters(out):.2f} M parameters, pre-trained on single shots, was tuned here on scenes of "
-            f"several shots in {sum(stages.values()):.0f} s. What a character looks like stands in no prompt: a shot can only "
-            "know it from the other shots."
+            f"A model of {parameters / 1e6:.2f} M parameters, pre-trained on single shots, was tuned here on scenes "
+            f"of several shots in {sum(stages.values()):.0f} s. What a character looks like stands in no prompt: "
+            "a shot can only know it from the other shots."
         ),
-        *[s for i in range(min(SHOWN, len(samples))) for s in (
-            Heading(f"Scene {i + 1}"), Text(samples[i].global_prompt or ""), Picture(f"contact-sheet-{i + 1}.png", f"Scene {i + 1}"),
-        )],
+        *shown_scenes,
         Heading("Directed shot by shot"),
-        Video("auto-regressive.mp4", "The first shot of each scene is given, the others are generated over a KV cache"),
+        Video("auto-regressive.mp4", "The first shot of each scene is given, the others come over a KV cache"),
         Heading(f"Measured on {len(samples)} held-out scenes, mean ± 95 % interval"),
         Metrics(tuple(rows)),
         Heading("Who sees whom"),
         Picture("mask.png", "Context-causal attention over interleaved text and video"),
         Heading("Where each token sits"),
         Picture("positions.png", "Interleaved 3D RoPE positions"),
-    ]  # fmt: skip
+    ]
     write_page(out, "Long Context Tuning, small", sections)
-
-
-def load_parameters(out: Path) -> float:
-    """Millions of parameters of the model in the demo's folder."""
-    return load_model(out / "tiny_causal")[0].parameter_count() / 1e6
 
 
 def _plain(scores: dict) -> dict:

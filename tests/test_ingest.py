@@ -61,6 +61,7 @@ def test_the_real_film_is_ingested(real_film, tmp_path):
     assert sum(map(sum, report.durations)) == pytest.approx(10)
     sizes = [size for scene in report.sizes for size in scene]
     assert [size[0] for size in sizes] == [10, 15, 20, 16, 18, 3]  # 8 of 25 frames, rounded up
+    assert str(report).startswith("250 frames at 25 fps; cuts at 30, 76, 137, 187, 242; ")
     assert {size[1:] for size in sizes} == {(16, 36)}  # 64 x 144 = 96² pixels, and the aspect ratio of 640 x 272
 
 

@@ -49,6 +49,15 @@ class IngestReport:
     sizes: tuple[tuple[tuple[int, int, int], ...], ...]
     durations: tuple[tuple[float, ...], ...]
 
+    def __str__(self) -> str:
+        """One line for the film, one for each scene."""
+        cuts = ", ".join(map(str, self.cuts)) or "none"
+        lines = [f"{self.frames} frames at {self.fps:g} fps; cuts at {cuts}; {len(self.scenes)} scenes"]
+        for i, (sizes, durations) in enumerate(zip(self.sizes, self.durations, strict=True)):
+            shots = (f"{T}x{H}x{W} ({seconds:.1f} s)" for (T, H, W), seconds in zip(sizes, durations, strict=True))
+            lines.append(f"scene-{i:03d}: {', '.join(shots)}")
+        return "\n".join(lines)
+
 
 def ingest(
     path: str | Path,

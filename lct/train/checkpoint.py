@@ -96,6 +96,7 @@ def save_weights(
     with new_file(file) as temporary:
         shared = {name: weight.detach().cpu().to(dtype).contiguous() for name, weight in weights.items()}
         save_file(shared, temporary, metadata={"config": json.dumps(asdict(config))})
+        temporary.chmod(0o644)  # safetensors writes files for their owner alone
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:

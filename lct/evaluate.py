@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from lct.data.batch import Packed
 from lct.data.latents import unpatchify
 from lct.data.readout import colour_error, hue_spread, read_shot, score_shots
 from lct.data.scenes import SceneSample
 from lct.data.toy import ToyScenes, to_frames
+from lct.model.flow import noised, shot_losses
 from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, autoregressive, joint
 
@@ -118,3 +121,21 @@ def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str
             hue_spread([s.truth.characters[s.truth.shots[0].who].rgb for s in samples]), float("nan")
         ),
     }
+
+
+@torch.no_grad()
+def fixed_losses(model: MMDiT, packed: Packed, times: Sequence[Sequence[float]], seed: int = 0) -> list[float]:
+    """Per shot, the velocity error of Eq. 1 averaged over fixed draws; NaN for global prompts, noiseless at t = 0.
+
+    times  row i gives each shot's t; noise i depends on `seed` and i alone
+    """
+    geometry = packed.layout.geometry(model.video_out.weight.device)
+    text = model.text_encoder(packed.ids, packed.places)
+    shot, is_shot = geometry.streams.video_shot, packed.is_shot
+    total = torch.zeros(len(is_shot))
+    for i, row in enumerate(times):
+        t = torch.where(is_shot, torch.tensor(row, dtype=torch.float32), 0.0)
+        noise = torch.randn(packed.latents.shape, generator=torch.Generator().manual_seed(1000 * seed + i))
+        flow = noised(packed.latents, noise, t[shot])
+        total += shot_losses(model(flow.z_t, text, t, geometry), flow.target, shot, len(is_shot))
+    return torch.where(is_shot, total / len(times), torch.nan).tolist()

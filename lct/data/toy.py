@@ -32,10 +32,10 @@ TEXTURES = ("plain", "striped")
 KINDS = ("single", "cut", "no_cut")
 ROLES = ("wanderer", "traveller", "dancer")
 
-# Pixels on a 16 x 16 frame, whose free area below the sky is 13 high; other sizes scale with that area's shorter side.
-AREA = 13.0
-RADIUS = {"wide shot": 2.7, "close-up": 4.6}
-TRAVEL = {"wide shot": 4.0, "close-up": 2.0}
+# Pixels on a 16 x 16 frame, whose free area below the sky is 14 high; other sizes scale with that area's shorter side.
+AREA = 14.0
+RADIUS = {"wide shot": 2.5, "close-up": 4.0}
+TRAVEL = {"wide shot": 4.0, "close-up": 4.0}
 ESTABLISHING = "establishing shot"
 SUPERSAMPLING = 4
 MAX_SHOTS = 9
@@ -117,8 +117,8 @@ class ToyFilm:
 
 
 def sky_rows(height: int) -> int:
-    """Rows of sky at the top of a frame of `height` pixels: 3 of 16."""
-    return round(height * 3 / 16)
+    """Rows of sky at the top of a frame of `height` pixels: 2 of 16."""
+    return round(height * 2 / 16)
 
 
 def unit(height: int, width: int) -> float:

@@ -66,6 +66,7 @@ def _request(model: MMDiT, folder: Path, file: SceneFile) -> tuple[SceneRequest,
         given = None
         if entry.media is not None:
             clean[index] = load_shot(folder, file, index).latents
+            entry = replace(entry, size=clean[index].shape[:3])
             given = patchify(torch.from_numpy(clean[index]), model.config.patch)
         prompt = shot_prompt(entry.prompt, entry.cut)
         seed = index if entry.seed is None else entry.seed

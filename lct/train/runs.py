@@ -24,7 +24,7 @@ def tiny_pretrain() -> TrainConfig:
         init=None,
         visibility="bidirectional",
         text_scale=0.0,
-        steps=7_000,
+        steps=6_000,
         scenes=32,
         lr=2e-3,
         warmup=100,

@@ -19,17 +19,6 @@ OPTIONAL = {
 }
 
 
-def attention_report(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
-    """Per implementation of attention, why `auto` does not take it for this device and dtype; empty where it may."""
-    probe = torch.zeros(1, 1, 64, dtype=dtype, device=device)
-    report = {}
-    for name in select.ATTENTION:
-        report[name] = select.reasons(name, probe, probe, probe)
-        if not report[name] and not select.validated(name, device, dtype):
-            report[name] = [f"not validated on {device.type} in {dtype}; ask for it by name"]
-    return report
-
-
 def print_report() -> None:
     console = Console()
     console.print(
@@ -43,7 +32,7 @@ def print_report() -> None:
             table = Table(
                 "attention", "state", title=f"{device}, {str(dtype).removeprefix('torch.')}", title_justify="left"
             )
-            report = attention_report(device, dtype)
+            report = select.against_auto(device, dtype)
             chosen = next(name for name, reasons in report.items() if not reasons)
             for name, reasons in report.items():
                 state = (

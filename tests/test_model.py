@@ -19,7 +19,7 @@ def random_model(config=None, seed=0, dtype=torch.float64):
     model = MMDiT(config or replace(tiny(), blocks=2)).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    return model
+    return model.requires_grad_(False)
 
 
 def inputs(layout, model, seed=0):

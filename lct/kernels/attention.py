@@ -23,14 +23,14 @@ torch.library.define(
 
 @torch.library.impl("lct::attention_forward", "default")
 def _forward(q, k, v, table, host_table, scale, impl):
-    return select.implementation(impl).attention_forward(q, k, v, read_table(host_table), scale)
+    return select.ATTENTION[impl].attention_forward(q, k, v, read_table(host_table), scale)
 
 
 @torch.library.impl("lct::attention_backward", "default")
 def _backward(dout, dlse, q, k, v, out, lse, table, key_table, host_table, host_key_table, scale, deterministic, impl):
     # Both implementations here add in one fixed order, so they are deterministic whether asked to be or not.
     runs = read_table(host_table)
-    return select.implementation(impl).attention_backward(dout, dlse, q, k, v, out, lse, runs, scale)
+    return select.ATTENTION[impl].attention_backward(dout, dlse, q, k, v, out, lse, runs, scale)
 
 
 @torch.library.register_fake("lct::attention_forward")
@@ -74,7 +74,7 @@ def attention(
 
     q              [S, A, D], rows in joint order
     k, v           [S_kv, A_kv, D], same dtype and device; A_kv divides A, query head a reads key head a // (A / A_kv)
-    plan           who sees whom; a SceneLayout stands for `layout.plan(q.device)`
+    plan           who sees whom; a SceneLayout stands for `layout.plan(q.device)`, outside compiled regions
     scale          default D^-0.5
     deterministic  backward sums in a fixed order, bitwise repeatable (every implementation so far does so anyway)
     return_lse     also return log Σ exp(scale · q kᵀ), [A, S] in fp32 (fp64 for fp64), differentiable
@@ -86,6 +86,8 @@ def attention(
     """
     if isinstance(plan, SceneLayout):
         plan = plan.plan(q.device)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan or a SceneLayout, got {plan!r}")
     _check(q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name = select.choose(impl, q, k, v)
@@ -114,7 +116,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
     if k.shape[0] != plan.k_rows:
         raise ValueError(f"k: the plan has {plan.k_rows} key rows, got {k.shape[0]}")
-    if k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if q.shape[2] == 0 or k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"k: expected head_dim {q.shape[2]} and heads that divide {q.shape[1]}, got {tuple(k.shape[1:])}"
         )

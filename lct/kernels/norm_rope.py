@@ -217,14 +217,26 @@ def norm_rope_append_(
             raise TypeError(
                 f"{name}: expected {video_qkv.dtype} on {video_qkv.device}, got {cache.dtype} on {cache.device}"
             )
+    if k_cache.shape[0] != v_cache.shape[0] or k_cache is v_cache:
+        raise ValueError(f"v_cache: expected another tensor of {k_cache.shape[0]} rows, got {v_cache.shape[0]} rows")
     if slots.shape != (len(positions),) or slots.dtype != torch.int64:
         raise ValueError(f"slots: expected int64 [{len(positions)}], got {slots.dtype} {list(slots.shape)}")
+    # On a GPU this look would wait for the device; `SceneLayout.tail` has checked the capacity there.
+    if slots.device.type == "cpu" and len(slots) and not 0 <= slots.min() <= slots.max() < len(k_cache):
+        raise ValueError(f"slots: expected rows of a cache of {len(k_cache)}, got {slots.min()} to {slots.max()}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("norm_rope_append_: inference only, its inputs require grad; call it under torch.no_grad()")
     return torch.ops.lct.norm_rope_append_(*tensors, slots, k_cache, v_cache, *options)
 
 
 def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec):
     for name, qkv, at in (("text_qkv", text_qkv, streams.text_rows), ("video_qkv", video_qkv, streams.video_rows)):
-        if qkv.ndim != 3 or qkv.shape[1] <= spec.heads or (qkv.shape[1] - spec.heads) % 2:
+        if (
+            qkv.ndim != 3
+            or qkv.shape[1] <= spec.heads
+            or (qkv.shape[1] - spec.heads) % 2
+            or spec.heads % _kv(qkv, spec.heads)[0]
+        ):
             raise ValueError(f"{name}: expected [rows, {spec.heads} + 2·kv_heads, head_dim], got {tuple(qkv.shape)}")
         if qkv.shape[0] != len(at):
             raise ValueError(f"{name}: the layout has {len(at)} rows in this stream, got {qkv.shape[0]}")
@@ -247,4 +259,10 @@ def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spe
     if tuple(positions.shape) != (rows, 3) or positions.dtype != torch.float32:
         raise ValueError(f"positions: expected float32 [{rows}, 3], got {positions.dtype} {list(positions.shape)}")
     tensors = (text_qkv, video_qkv, *text_norm, *video_norm, streams.text_rows, streams.video_rows, positions)
+    names = ("text_qkv", "video_qkv", *2 * ("text_norm",), *2 * ("video_norm",), "text_rows", "video_rows", "positions")
+    for name, x in zip(names, tensors, strict=True):
+        if x.device != video_qkv.device:
+            raise ValueError(f"{name}: expected the device of video_qkv, {video_qkv.device}, got {x.device}")
+    if not video_qkv.is_floating_point():
+        raise TypeError(f"video_qkv: expected a floating-point tensor, got {video_qkv.dtype}")
     return tensors, (spec.heads, list(spec.axes), spec.theta, spec.eps, spec.scope)

@@ -15,6 +15,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """It can take everything."""
+    return []
+
+
+def validated(device: torch.device, dtype: torch.dtype) -> bool:
+    return True
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
@@ -36,9 +45,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scal
         keys, values = _visible(k, run, q.shape[1]), _visible(v, run, q.shape[1])
         scores = torch.einsum("sad,tad->ast", rows, keys).to(wide) * scale
         lse = torch.logsumexp(scores, dim=-1)
-        probabilities = scores.softmax(
-            -1
-        )  # exp(scores − lse) sums to T, not 1, where log T is below the rounding of lse
+        # Not exp(scores − lse), which sums to T instead of 1 where log T is below the rounding of lse.
+        probabilities = scores.softmax(-1)
         outs.append(torch.einsum("ast,tad->sad", probabilities.to(q.dtype), values))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses, dim=1)

@@ -46,6 +46,8 @@ class TrainCommand:
         from lct.train.checkpoint import load_weights, save_weights
         from lct.train.trainer import Trainer
 
+        if self.share is not None and self.share.suffix != ".safetensors":
+            raise ValueError(f"share: expected a name that ends in .safetensors, got {self.share}")
         config, out = self.config, self.out or Path("runs") / self.config.name
         trainer = Trainer(config, out, self.device, self.impl)
         if trainer.resume():
@@ -149,6 +151,8 @@ def mask(
     from lct.data.atomic import new_file
     from lct.draw import mask_picture, positions_picture
 
+    if out.suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise ValueError(f"out: expected a picture such as mask.png, got {out}")
     layout = parse_layout(shots, visibility)
     positions = out.with_name(f"{out.stem}-positions{out.suffix}")
     for file, picture in ((out, mask_picture(layout)), (positions, positions_picture(layout, text_scale))):

@@ -34,7 +34,7 @@ def estimate(name: str, layout: SceneLayout) -> dict[str, float]:
 
 
 def print_estimate(name: str, layout: SceneLayout, tflops: float) -> None:
-    if tflops <= 0:
+    if not tflops > 0:
         raise ValueError(f"tflops: expected a rate above 0, got {tflops}")
     e = estimate(name, layout)
     rate = tflops * 1e12

@@ -48,7 +48,9 @@ def test_empty_frames_do_not_pass_for_a_character(samples):
 
 def test_intervals_cover_the_mean_they_estimate():
     rng = np.random.default_rng(0)
-    hits = [abs(Interval.of(rng.normal(3, 1, 64)).mean - 3) <= Interval.of(rng.normal(3, 1, 64)).half for _ in range(400)]
+    hits = [
+        abs(Interval.of(rng.normal(3, 1, 64)).mean - 3) <= Interval.of(rng.normal(3, 1, 64)).half for _ in range(400)
+    ]
     assert 0.85 < np.mean(hits) < 0.99
     assert np.isnan(Interval.of([float("nan")]).mean)
 
@@ -57,7 +59,9 @@ def test_held_out_scenes_are_not_drawn_in_training(samples):
     from lct.data.toy import ToyScenes
 
     hues = {s.truth.characters[0].rgb for s in samples}
-    drawn = (ToyScenes().sample("cut", np.random.default_rng([0, step, slot])) for step in range(50) for slot in range(16))
+    drawn = (
+        ToyScenes().sample("cut", np.random.default_rng([0, step, slot])) for step in range(50) for slot in range(16)
+    )
     assert not hues & {s.truth.characters[0].rgb for s in drawn}
 
 

@@ -140,7 +140,7 @@ def test_the_table_has_no_circle(name):
     assert name not in reached
 
 
-@pytest.mark.parametrize("name", ATTENTION.values(), ids=ATTENTION)
+@pytest.mark.parametrize("name", [m.__name__ for m in ATTENTION.values()], ids=ATTENTION)
 def test_an_implementation_imports_no_other_kernel(name):
     assert not {module for module in imports(tree(name)) if within(module, ("lct.kernels",))}
 

@@ -24,6 +24,14 @@ class PixelCodec:
     channels: ClassVar[int] = 3
     time_stride: ClassVar[int] = 1
 
+    @classmethod
+    def named(cls, name: str) -> PixelCodec:
+        """The codec that a scene file calls `name`, such as "pixel/8"; ValueError for another kind of name."""
+        kind, _, stride = name.partition("/")
+        if kind != "pixel" or not stride.isdecimal():
+            raise ValueError(f"codec: expected pixel/STRIDE, such as pixel/8, got {name!r}")
+        return cls(int(stride))
+
     def __post_init__(self) -> None:
         if self.stride < 1:
             raise ValueError(f"stride: expected a positive number of pixels, got {self.stride}; use for example 8")

@@ -33,6 +33,9 @@ class ModelConfig:
     """Sinusoidal features of a shot's time."""
 
     def __post_init__(self):
+        sizes = (self.blocks, self.width, self.heads, self.kv_heads, self.head_dim, self.mlp_width, *self.patch)
+        if min(*sizes, self.latent_channels, self.text_channels, self.time_channels) < 1:
+            raise ValueError(f"model: expected every size to be at least 1, got {self}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of {self.heads} heads, got {self.kv_heads}")
         if sum(self.rope_axes) > self.head_dim:

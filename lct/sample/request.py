@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -80,6 +81,8 @@ class Sampling:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
         if not 0 <= self.history_time < 1:
             raise ValueError(f"history_time: expected 0 <= t_c < 1, got {self.history_time}")
 

@@ -8,6 +8,8 @@ from typing import Any
 from lct.layout import VISIBILITIES
 from lct.model.config import ModelConfig
 
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -75,6 +77,14 @@ class TrainConfig:
             raise ValueError(
                 f"steps, scenes, save_every: expected at least 1, got {self.steps}, {self.scenes}, {self.save_every}"
             )
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"compute_dtype: expected one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr: expected a positive number, got {self.lr}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a decay of at least 0 and below 1, got {self.ema}")
+        if self.data.shots < 1:
+            raise ValueError(f"data.shots: expected at least 1, got {self.data.shots}")
         if self.data.single + self.data.cut + self.data.no_cut <= 0:
             raise ValueError("data: expected a positive share of single, cut or no_cut scenes, got none")
 

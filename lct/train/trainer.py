@@ -79,7 +79,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, out: str | Path, device: str = "cpu", impl: str = "auto"):
-        self.config, self.out, self.device, self.impl = config, Path(out), device, impl
+        self.config, self.out, self.device, self.impl = config, Path(out), _available(device), impl
         self.dataset = dataset(config.data)
         torch.manual_seed(config.seed)
         self.model = MMDiT(config.model).to(device)
@@ -135,18 +135,16 @@ class Trainer:
 
     def run(self, progress=None) -> Path:
         """Train to the end, logging each step and saving as configured; returns the last checkpoint."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        folder = None
-        with (self.out / "log.jsonl").open("a") as log:
-            while self.step < self.config.steps:
-                record = self.train_step()
+        while self.step < self.config.steps:
+            record = self.train_step()
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / "log.jsonl").open("a") as log:
                 log.write(record.line() + "\n")
-                if progress is not None:
-                    progress(record)
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                    log.flush()
-                    folder = self.save()
-        return folder or latest(self.out)
+            if progress is not None:
+                progress(record)
+            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                self.save()
+        return latest(self.out)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -181,6 +179,16 @@ class Trainer:
         self.step = manifest["step"]
         _trim_log(self.out / "log.jsonl", self.step)
         return True
+
+
+def _available(device: str) -> torch.device:
+    """The device, or a ValueError that says what there is."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"device: expected one of {there}, got {device!r} ({str(error).splitlines()[0]})") from None
+    return torch.device(device)
 
 
 def _check_same(saved: TrainConfig, current: TrainConfig, folder: Path) -> None:

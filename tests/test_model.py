@@ -164,3 +164,9 @@ def test_rows_that_do_not_match_the_layout_are_named(wrong):
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="lct_3b"):
         preset("lct_30b")
+
+
+@pytest.mark.parametrize("wrong", [{"blocks": 0}, {"kv_heads": 3}, {"rope_axes": (16, 16, 16)}], ids=str)
+def test_impossible_models_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        replace(tiny(), **wrong)

@@ -16,16 +16,17 @@ from lct.train.config import TrainConfig
 from lct.train.runs import RUNS, run
 
 
-def demo(out: Path = Path("demo"), scenes: int = 64) -> int:
+def demo(out: Path = Path("demo"), scenes: int = 64, resume: bool = False) -> int:
     """Tune a tiny model in the paper's stages, let it direct multi-shot scenes, and show them on one page.
 
     Args:
         out: Folder of the page, pictures, film, metrics and checkpoints.
         scenes: Held-out scenes to measure on.
+        resume: Go on with the stages found in the folder instead of training them anew.
     """
     from lct.demo import run_demo
 
-    return run_demo(out, scenes)
+    return run_demo(out, scenes, resume)
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,14 @@ def sample(
     scene: tyro.conf.Positional[Path],
     weights: Path,
     out: Path | None = None,
-    mode: Literal["auto-regressive", "joint"] = "auto-regressive",
+    mode: Literal["auto-regressive", "joint"] | None = None,
     steps: int = 20,
-    guidance: float = 1.0,
+    guidance: float = 1.5,
     history_time: float = 0.1,
-    fps: float = 6.0,
+    fps: float | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    impl: str = "auto",
 ) -> None:
     """Generate the shots of a scene file that have no media yet; those that have are given.
 
@@ -92,20 +96,26 @@ def sample(
         scene: A scene.toml, or its folder.
         weights: A .safetensors file or a checkpoint folder.
         out: New folder for latents, one mp4 a shot and a contact sheet; SCENE-sample by default.
-        mode: Shot by shot over the history, or all shots together.
+        mode: Shot by shot over the history, or all shots together; by default as the weights were trained.
         steps: Denoising steps.
         guidance: Weight of the prompts; 1 is without guidance.
         history_time: t_c, the noise level of generated shots as history (§ 4.2).
-        fps: Frames a second of the mp4 files.
+        fps: Frames a second of the mp4 files; the scene file's by default.
+        dtype: Of the streams, such as bfloat16; the weights' own by default.
+        device: Such as cuda.
+        impl: Attention implementation.
     """
-    from lct.sample import Sampling
     from lct.sample.files import sample_scene
+    from lct.sample.request import Sampling
     from lct.train.checkpoint import load_model
 
     folder = (scene if scene.is_dir() else scene.parent).resolve()
-    model, config = load_model(weights)
-    sampling = Sampling(steps, guidance, history_time, config.shift, text_scale=config.text_scale)
-    print(sample_scene(model, scene, out or folder.with_name(f"{folder.name}-sample"), mode, sampling, fps))
+    model, config = load_model(weights, device)
+    sampling = Sampling(
+        steps, guidance, history_time, config.shift, config.shift_rows, text_scale=config.text_scale, dtype=dtype
+    )
+    target = out or folder.with_name(f"{folder.name}-sample")
+    print(sample_scene(model, scene, target, sampling, config.visibility, mode, fps, impl))
 
 
 def ingest(
@@ -113,7 +123,7 @@ def ingest(
     out: Path = Path("scenes"),
     side: int = 480,
     stride: int = 8,
-    patch: int = 2,
+    patch: int = 4,
     fps: float = 8.0,
     max_frames: int = 64,
 ) -> None:
@@ -124,7 +134,7 @@ def ingest(
         out: New folder, one folder a scene.
         side: The target area is side×side pixels; the aspect ratio is kept (480 in the paper).
         stride: Pixels per latent pixel.
-        patch: Latent pixels per token, along height and along width; 4 for the tiny model.
+        patch: Sizes are multiples of so many latent pixels; 4 suits both models.
         fps: Latent frames a second.
         max_frames: Most latent frames of a shot.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from lct.data.atomic import new_file
 from lct.data.scenes import SceneSample, shot_prompt
 from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet, mask_picture, positions_picture
-from lct.evaluate import MODES, Frames, Interval, generate, held_out, score, true_frames
+from lct.evaluate import MODES, Frames, Mean95, generate, held_out, score, true_frames
 from lct.layout import SceneLayout, Shot
 from lct.model.mmdit import MMDiT
 from lct.progress import counting, training
@@ -63,14 +64,17 @@ TARGETS = (
 REPORTED = ("background", "shape", "framing", "place")
 
 
-def run_demo(out: Path, scenes: int) -> int:
-    """Train, generate, measure, draw; returns 0 where every target is met, else 1."""
+def run_demo(out: Path, scenes: int, resume: bool = False) -> int:
+    """Train, generate, measure, draw; returns 0 where every target is met, else 1.
+
+    resume  go on with the stages found in `out`; otherwise they are trained anew, so that the code at hand is judged
+    """
     if scenes < 2:
         raise ValueError(f"scenes: expected at least 2 to give an interval, got {scenes}")
     video_package("av")
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    bidirectional, causal, stages = _train(out)
+    bidirectional, causal, stages = _train(out, resume)
     samples = held_out(scenes, SHOTS)
     frames: dict[str, Frames] = {}
     with counting("generate", len(MODES)) as advance:
@@ -88,14 +92,16 @@ def run_demo(out: Path, scenes: int) -> int:
     return 0 if all(row.passed for row in rows if row.passed is not None) else 1
 
 
-def _train(out: Path) -> tuple[MMDiT, MMDiT, dict[str, float]]:
-    """The three stages, each from the weights of the one before; an interrupted demo resumes."""
+def _train(out: Path, resume: bool) -> tuple[MMDiT, MMDiT, dict[str, float]]:
+    """The three stages, each from the weights of the one before."""
     stages: dict[str, float] = {}
     init: str | None = None
     for run in (tiny_text_rope, tiny_lct, tiny_causal):
         config = run()
         config = replace(config, init=init or config.init)
         folder = out / config.name
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
         trainer = Trainer(config, folder)
         trainer.resume()
         began = time.monotonic()
@@ -110,7 +116,7 @@ def _with_derived(scores: dict) -> dict:
     by_shot = scores["colour_by_shot"]
     worst = max(by_shot, key=lambda interval: interval.mean)
     ratio = scores["hue_spread"].mean / scores["hue_spread_truth"].mean
-    return scores | {"colour_worst": worst, "hue_spread_ratio": Interval(ratio, float("nan"))}
+    return scores | {"colour_worst": worst, "hue_spread_ratio": Mean95(ratio, float("nan"))}
 
 
 def _judge(scores: dict[str, dict]) -> list[Metric]:
@@ -123,7 +129,7 @@ def _judge(scores: dict[str, dict]) -> list[Metric]:
     return rows
 
 
-def _shown(value: Interval) -> str:
+def _shown(value: Mean95) -> str:
     return f"{value.mean:.3f}" if np.isnan(value.half) else f"{value.mean:.3f} ± {value.half:.3f}"
 
 
@@ -170,7 +176,7 @@ def _write(
         ],
     }
     with new_file(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1))
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
     shown_scenes = [
         section
         for i in range(min(SHOWN, len(samples)))
@@ -200,7 +206,10 @@ def _write(
 
 
 def _plain(scores: dict) -> dict:
-    return {k: [vars(x) for x in v] if isinstance(v, list) else vars(v) for k, v in scores.items()}
+    def plain(mean: Mean95) -> dict:
+        return {"mean": mean.mean, "half": None if np.isnan(mean.half) else mean.half}
+
+    return {k: [plain(x) for x in v] if isinstance(v, list) else plain(v) for k, v in scores.items()}
 
 
 def _bytes(frames: np.ndarray) -> np.ndarray:

@@ -28,8 +28,8 @@ def estimate(name: str, layout: SceneLayout) -> dict[str, float]:
         "forward": model.flops(layout),
         "training": model.training_flops(layout),
         "keys and values": model.kv_bytes(layout.rows),
-        "weights": 2 * parameters,
-        "training state": 16 * parameters,
+        "weights": 4 * parameters,
+        "training state": 20 * parameters,
     }
 
 
@@ -48,10 +48,10 @@ def print_estimate(name: str, layout: SceneLayout, tflops: float) -> None:
         ("training step", _flops(e["training"])),
         (f"at {tflops:g} TFLOP/s", f"forward {e['forward'] / rate:.3g} s, training {e['training'] / rate:.3g} s"),
         ("keys and values", f"{_bytes(e['keys and values'])} in bf16, all blocks"),
-        ("weights", f"{_bytes(e['weights'])} in bf16"),
+        ("weights", f"{_bytes(e['weights'])} in fp32"),
         (
             "training state",
-            f"{_bytes(e['training state'])}: fp32 weights, gradients, both AdamW moments; no activations",
+            f"{_bytes(e['training state'])}: fp32 weights, gradients, two moments, EMA; no activations",
         ),
     ):
         table.add_row(key, value)

@@ -22,14 +22,14 @@ MODES = ("joint", "auto-regressive", "isolated")
 
 
 @dataclass(frozen=True)
-class Interval:
+class Mean95:
     """A mean over scenes and half the width of its 95 % interval."""
 
     mean: float
     half: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, values: Sequence[float]) -> Mean95:
         known = np.array(values, float)
         known = known[np.isfinite(known)]
         if not len(known):
@@ -81,7 +81,7 @@ def _frames(rows: Tensor, video: tuple[int, int, int], patch: tuple[int, int, in
     return np.clip(to_frames(unpatchify(rows.float().cpu(), video, patch).numpy()), 0, 1)
 
 
-def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str, Interval | list[Interval]]:
+def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str, Mean95 | list[Mean95]]:
     """Means over scenes with 95 % intervals.
 
     colour            distance of a shot's character colour from what its scene fixes: the truth where the first shot is
@@ -111,25 +111,27 @@ def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str
         for key, values in rights.items():
             values.append(float(np.nanmean([s[key] for s in scores])))
     return {
-        "colour": Interval.of([float(np.mean(e)) for e in errors]),
-        "colour_by_shot": [Interval.of([e[i] for e in errors]) for i in range(len(errors[0]))],
-        "background": Interval.of(backgrounds),
-        "shape": Interval.of(shapes),
-        **{key: Interval.of(values) for key, values in rights.items()},
-        "hue_spread": Interval(hue_spread(hues), float("nan")),
-        "hue_spread_truth": Interval(
+        "colour": Mean95.of([float(np.mean(e)) for e in errors]),
+        "colour_by_shot": [Mean95.of([e[i] for e in errors]) for i in range(len(errors[0]))],
+        "background": Mean95.of(backgrounds),
+        "shape": Mean95.of(shapes),
+        **{key: Mean95.of(values) for key, values in rights.items()},
+        "hue_spread": Mean95(hue_spread(hues), float("nan")),
+        "hue_spread_truth": Mean95(
             hue_spread([s.truth.characters[s.truth.shots[0].who].rgb for s in samples]), float("nan")
         ),
     }
 
 
 @torch.no_grad()
-def fixed_losses(model: MMDiT, packed: Packed, times: Sequence[Sequence[float]], seed: int = 0) -> list[float]:
+def fixed_losses(
+    model: MMDiT, packed: Packed, times: Sequence[Sequence[float]], text_scale: float, seed: int = 0
+) -> list[float]:
     """Per shot, the velocity error of Eq. 1 averaged over fixed draws; NaN for global prompts, noiseless at t = 0.
 
     times  row i gives each shot's t; noise i depends on `seed` and i alone
     """
-    geometry = packed.layout.geometry(model.video_out.weight.device)
+    geometry = packed.layout.geometry(model.video_out.weight.device, text_scale)
     text = model.text_encoder(packed.ids, packed.places)
     shot, is_shot = geometry.streams.video_shot, packed.is_shot
     total = torch.zeros(len(is_shot))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lct import demo
-from lct.evaluate import Interval, held_out, score, true_frames
+from lct.evaluate import Mean95, held_out, score, true_frames
 from lct.train.checkpoint import save_weights
 from lct.train.runs import tiny_causal, tiny_lct, tiny_text_rope
 from lct.train.trainer import Trainer
@@ -48,11 +48,9 @@ def test_empty_frames_do_not_pass_for_a_character(samples):
 
 def test_intervals_cover_the_mean_they_estimate():
     rng = np.random.default_rng(0)
-    hits = [
-        abs(Interval.of(rng.normal(3, 1, 64)).mean - 3) <= Interval.of(rng.normal(3, 1, 64)).half for _ in range(400)
-    ]
+    hits = [abs(Mean95.of(rng.normal(3, 1, 64)).mean - 3) <= Mean95.of(rng.normal(3, 1, 64)).half for _ in range(400)]
     assert 0.85 < np.mean(hits) < 0.99
-    assert np.isnan(Interval.of([float("nan")]).mean)
+    assert np.isnan(Mean95.of([float("nan")]).mean)
 
 
 def test_held_out_scenes_are_not_drawn_in_training(samples):
@@ -81,6 +79,7 @@ def test_the_demo_leaves_one_folder_with_everything_and_resumes(tmp_path, monkey
     assert names <= {file.name for file in out.iterdir()}
     record = json.loads((out / "metrics.json").read_text())
     assert record["scenes"] == 4 and len(record["targets"]) == len(demo.TARGETS)
+    weights.unlink()
     log = (out / "tiny_lct" / "log.jsonl").read_text()
-    assert demo.run_demo(out, 4) == 1
+    assert demo.run_demo(out, 4, resume=True) == 1  # nothing is trained again, so nothing is missing
     assert (out / "tiny_lct" / "log.jsonl").read_text() == log

@@ -44,11 +44,11 @@ def tuned(tmp_path_factory):
     # twice the run's learning rate and a quarter of the benchmark's pixels do in 200 short steps what it does in 300
     config = replace(config, steps=200, lr=4e-3, data=replace(config.data, source=str(work / "scenes")))
     trainer = Trainer(config, work / "run")
-    before = bench.losses(trainer.model.eval(), load_sample(longest))
+    before = bench.losses_at_start(trainer.model.eval(), load_sample(longest))
     trainer.model.train()
     trainer.run()
     model = trainer.ema.module.eval().requires_grad_(False)
-    return bench, longest, before, bench.losses(model, load_sample(longest)), model
+    return bench, longest, before, bench.losses(model, load_sample(longest), config.text_scale), model
 
 
 def test_the_loss_on_fixed_draws_halves(tuned):

@@ -65,7 +65,7 @@ def test_history_noise_depends_on_the_shot_alone():
     (scene,) = requests(count=1)
     shot, clean = scene.shots[0], torch.randn(scene.shots[0].video[0] * 16, 48)
     shot = replace(shot, video=(scene.shots[0].video[0], 4, 4))
-    noise = shot_noise(shot, HISTORY, 48, clean)
+    noise = shot_noise(shot, HISTORY, clean)
     assert torch.allclose(as_history(clean, shot, 0.25), 0.75 * clean + 0.25 * noise, atol=1e-6)
     assert torch.equal(as_history(clean, shot, 0.0), clean)
 
@@ -121,3 +121,24 @@ def test_images_and_videos_mix_in_one_scene():
 def test_impossible_sampling_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_a_given_shot_of_the_wrong_size_is_refused_by_name():
+    (scene,) = requests(count=1, given=(0,))
+    with pytest.raises(ValueError, match=r"given: expected \[\d+, channels\]"):
+        replace(scene.shots[0], given=scene.shots[0].given[:-1])
+    narrow = replace(scene.shots[0], given=scene.shots[0].given[:, :40])
+    with pytest.raises(ValueError, match="given: expected 48 channels, got 40"):
+        joint(random_model(), [replace(scene, shots=(narrow, *scene.shots[1:]))], Sampling(steps=1))
+    with pytest.raises(ValueError, match="seed"):
+        replace(scene.shots[1], seed=-1)
+
+
+@pytest.mark.parametrize("sampler", [joint, autoregressive])
+def test_half_precision_streams_keep_latents_and_times_in_fp32(sampler):
+    model, scenes = random_model(dtype=torch.float32), requests(given=(0,))
+    full, half = (sampler(model, scenes, Sampling(steps=3, dtype=d)) for d in (None, "bfloat16"))
+    for a, b, request in zip(full, half, scenes, strict=True):
+        assert torch.equal(b[0], request.shots[0].given)
+        assert b[1].dtype == torch.float32 and not torch.equal(a[1], b[1])
+        assert (a[1] - b[1]).norm() < 0.1 * a[1].norm()

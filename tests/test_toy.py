@@ -182,7 +182,8 @@ def test_scenes_are_well_formed(preset):
 
 def test_number_of_shots():
     toy, rng = ToyScenes(max_shots=3), np.random.default_rng(0)
-    assert {len(toy.sample("cut", rng).shots) for _ in range(40)} == {2, 3}
+    assert {len(toy.sample("cut", rng).shots) for _ in range(40)} == {1, 2, 3}
+    assert {len(toy.sample("no_cut", rng).shots) for _ in range(40)} == {2, 3}
     assert len(toy.sample("no_cut", rng, shots=9).shots) == 9
     for call in (
         lambda: ToyScenes(max_shots=10),

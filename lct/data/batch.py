@@ -124,8 +124,15 @@ def _substituted(sample: SceneSample, probability: float, rng: np.random.Generat
 
 
 def _dropped(sample: SceneSample, probability: float, rng: np.random.Generator) -> SceneSample:
-    """Some prompts replaced by the null prompt, mark and all: each shot's and the global one on their own."""
-    keep = rng.random(1 + len(sample.shots)) >= probability
+    """Some prompts replaced by the null prompt, mark and all.
+
+    In one scene of two every shot is drawn on its own, as guidance needs it shot by shot; in the other all shots share
+    one draw, as guidance needs it in joint denoising. The global prompt is drawn on its own.
+    """
+    draws = rng.random(1 + len(sample.shots))
+    if rng.random() < 0.5:
+        draws[1:] = draws[1]
+    keep = draws >= probability
     shots = tuple(s if k else replace(s, prompt="", cut=False) for s, k in zip(sample.shots, keep[1:], strict=True))
     scene_prompt = sample.global_prompt if keep[0] or sample.global_prompt is None else ""
     return replace(sample, global_prompt=scene_prompt, shots=shots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +28,8 @@ class SceneFolder:
         self.root, self.max_shots = Path(root), max_shots
         self.folders = _scene_folders(self.root)
         self.scenes = [read_scene(folder) for folder in self.folders]
-        self._lengths = [
-            [video_shape(folder, scene, i)[0] for i in range(len(scene.shots))]
+        self._shapes = [
+            [video_shape(folder, scene, i) for i in range(len(scene.shots))]
             for folder, scene in zip(self.folders, self.scenes, strict=True)
         ]
 
@@ -46,21 +47,38 @@ class SceneFolder:
         if shots is not None and not 1 <= shots <= MAX_SHOTS:
             raise ValueError(f"shots: expected 1 to {MAX_SHOTS}, got {shots}; choose one of these")
         places = self._places(kind, shots or 2)
-        if not places:
-            need = f"a scene of {shots or 2} shots with cuts" if kind == "cut" else f"a shot of {shots or 2} frames"
-            raise ValueError(f"{self.root}: expected {need} for kind {kind!r}, got none; ingest more film")
         scene, first = places[int(rng.integers(len(places)))]
         if kind == "cut":
             return self._consecutive(scene, rng, shots)
         return self._single(scene, first) if kind == "single" else self._divided(scene, first, shots or 2)
 
     def _places(self, kind: str, least: int) -> list[tuple[int, int]]:
-        """(scene, shot) of everything a sample of this kind can begin from."""
+        """(scene, shot) of everything a sample of this kind can begin from; ValueError where there is nothing."""
         if kind == "cut":
             with_cuts = enumerate([shot.cut for shot in scene.shots] for scene in self.scenes)
-            return [(i, 0) for i, cuts in with_cuts if all(cuts) and len(cuts) >= least]
-        shots = [(i, s, frames) for i, lengths in enumerate(self._lengths) for s, frames in enumerate(lengths)]
-        return [(i, s) for i, s, frames in shots if kind == "single" or frames >= least]
+            places = [(i, 0) for i, cuts in with_cuts if all(cuts) and len(cuts) >= least]
+        else:
+            shots = [(i, s, shape[0]) for i, shapes in enumerate(self._shapes) for s, shape in enumerate(shapes)]
+            places = [(i, s) for i, s, frames in shots if kind == "single" or frames >= least]
+        if not places:
+            need = f"a scene of {least} shots with cuts" if kind == "cut" else f"a shot of {least} frames"
+            raise ValueError(f"{self.root}: expected {need} for kind {kind!r}, got none; ingest more film")
+        return places
+
+    def check(self, kinds: Iterable[str], patch: tuple[int, int, int]) -> None:
+        """ValueError where a kind cannot be drawn, or the patch (frames, height, width) does not divide some shot.
+
+        It looks at sizes alone, so that it can stand before any work.
+        """
+        for kind in kinds:
+            self._places(kind, 2)
+        for folder, shapes in zip(self.folders, self._shapes, strict=True):
+            for index, shape in enumerate(shapes):
+                if any(n % p for n, p in zip(shape, patch, strict=False)):
+                    raise ValueError(
+                        f"{folder}: shot {index + 1}: the patch {patch} does not divide its latents {shape[:3]}; "
+                        f"ingest with --patch {max(patch[1:])}"
+                    )
 
     def _single(self, scene: int, index: int) -> SceneSample:
         return SceneSample(None, (replace(self._shot(scene, index), cut=False),))

@@ -65,7 +65,7 @@ def ingest(
     *,
     side: int = 480,
     stride: int = 8,
-    patch: int = 2,
+    patch: int = 4,
     fps: float = 8.0,
     max_frames: int = 64,
     max_shots: int = MAX_SHOTS,

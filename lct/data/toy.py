@@ -273,7 +273,7 @@ class ToyScenes:
         if kind == "single":
             shots = 1
         elif shots is None:
-            shots = int(rng.integers(2, self.max_shots + 1))
+            shots = int(rng.integers(1 if kind == "cut" else 2, self.max_shots + 1))
         _check_shots(shots)
         size = _choose(rng, self.config.sizes)
         if kind == "no_cut":

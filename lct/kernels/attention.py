@@ -8,7 +8,7 @@ from torch import Tensor
 from lct.kernels import select
 from lct.kernels.reference import statistics_dtype
 from lct.layout import SceneLayout
-from lct.plan import Plan, read_table
+from lct.plan import Plan
 
 torch.library.define(
     "lct::attention_forward",
@@ -23,14 +23,13 @@ torch.library.define(
 
 @torch.library.impl("lct::attention_forward", "default")
 def _forward(q, k, v, table, host_table, scale, impl):
-    return select.ATTENTION[impl].attention_forward(q, k, v, read_table(host_table), scale)
+    return select.ATTENTION[impl].forward(q, k, v, table, host_table, scale)
 
 
 @torch.library.impl("lct::attention_backward", "default")
 def _backward(dout, dlse, q, k, v, out, lse, table, key_table, host_table, host_key_table, scale, deterministic, impl):
-    # Both implementations here add in one fixed order, so they are deterministic whether asked to be or not.
-    runs = read_table(host_table)
-    return select.ATTENTION[impl].attention_backward(dout, dlse, q, k, v, out, lse, runs, scale)
+    tensors = dout, dlse, q, k, v, out, lse, table, key_table, host_table, host_key_table
+    return select.ATTENTION[impl].backward(*tensors, scale, deterministic)
 
 
 @torch.library.register_fake("lct::attention_forward")

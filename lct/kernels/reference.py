@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lct.plan import Run
+from lct.plan import Run, read_table
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,6 +25,30 @@ def validated(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention_forward` over a plan's table; every implementation has this function and `backward`."""
+    return attention_forward(q, k, v, read_table(host_table), scale)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    key_table: Tensor,
+    host_table: Tensor,
+    host_key_table: Tensor,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_backward` over a plan's tables. Runs add up in one fixed order: deterministic whether asked or not."""
+    return attention_backward(dout, dlse, q, k, v, out, lse, read_table(host_table), scale)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scale: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +87,7 @@ def attention_backward(
     runs: Sequence[Run],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of `attention_forward`, with P = exp(scale · q kᵀ − lse) and δ = Σ_d dout · out − dlse:
+    """dq, dk, dv of `attention_forward`, with P = softmax(scale · q kᵀ) and δ = Σ_d dout · out − dlse:
 
     dv = Pᵀ dout, dS = P ∘ (dout vᵀ − δ), dq = scale · dS k, dk = scale · dSᵀ q.
     """
@@ -78,7 +102,7 @@ def attention_backward(
         rows = slice(run.start, run.end)
         keys, values = _visible(k, run, q.shape[1]), _visible(v, run, q.shape[1])
         scores = torch.einsum("sad,tad->ast", q[rows], keys).to(wide) * scale
-        probabilities = (scores - lse[:, rows, None]).exp()
+        probabilities = scores.softmax(-1)
         dp = torch.einsum("sad,tad->ast", dout[rows], values).to(wide)
         ds = (probabilities * (dp - delta[:, rows, None]) * scale).to(q.dtype)
         dq[rows] = torch.einsum("ast,tad->sad", ds, keys)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lct.plan import Run
+from lct.plan import Run, read_table
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -20,6 +20,30 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 def validated(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu"
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """See `reference.forward`."""
+    return attention_forward(q, k, v, read_table(host_table), scale)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    key_table: Tensor,
+    host_table: Tensor,
+    host_key_table: Tensor,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.backward`."""
+    return attention_backward(dout, dlse, q, k, v, out, lse, read_table(host_table), scale)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scale: float) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ):
+        if scenes < 1 or capacity < 1:
+            raise ValueError(f"scenes, capacity: expected at least 1 of each, got {scenes} and {capacity}")
         shape = (scenes * capacity, config.kv_heads, config.head_dim)
         self.keys: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.blocks)]
         self.values: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.blocks)]
@@ -31,6 +33,8 @@ class KVCache:
 
     def commit(self, shots: int = 1) -> None:
         """The rows of the next `shots` shots, as last written, belong to the history from now on."""
+        if shots < 0:
+            raise ValueError(f"shots: expected 0 or more to commit, got {shots}; `rewind` goes back")
         self.shots += shots
 
     def rewind(self, shots: int) -> None:
@@ -38,6 +42,11 @@ class KVCache:
         if not 0 <= shots <= self.shots:
             raise ValueError(f"shots: expected 0 to {self.shots} committed shots to keep, got {shots}")
         self.shots = shots
+
+    @property
+    def rows(self) -> int:
+        """Rows of each block's keys, B·capacity."""
+        return self.scenes * self.capacity
 
     @property
     def bytes(self) -> int:

@@ -36,6 +36,11 @@ class ModelConfig:
         sizes = (self.blocks, self.width, self.heads, self.kv_heads, self.head_dim, self.mlp_width, *self.patch)
         if min(*sizes, self.latent_channels, self.text_channels, self.time_channels) < 1:
             raise ValueError(f"model: expected every size to be at least 1, got {self}")
+        if self.time_channels % 2 or self.vocabulary == 1 or self.vocabulary < 0:
+            raise ValueError(
+                "time_channels, vocabulary: expected an even number and 0 or at least 2 words, "
+                f"got {self.time_channels} and {self.vocabulary}"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of {self.heads} heads, got {self.kv_heads}")
         if sum(self.rope_axes) > self.head_dim:

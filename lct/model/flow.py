@@ -21,9 +21,9 @@ def noised(z_0: Tensor, noise: Tensor, t: Tensor) -> Noised:
     return Noised(torch.lerp(z_0, noise, t), noise - z_0)
 
 
-def logit_normal(count: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """fp32 [count], sigmoid of normal draws: the paper's distribution of training times (§ 3.4)."""
-    return torch.sigmoid(mean + std * torch.randn(count, generator=generator))
+def logit_normal(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """sigmoid(mean + std · normal): the paper's distribution of training times, from normal draws (§ 3.4)."""
+    return torch.sigmoid(mean + std * normal)
 
 
 def shift_time(u: Tensor, shift: Tensor | float) -> Tensor:

@@ -18,22 +18,25 @@ class Linear(nn.Linear):
 
 
 class Modulation(NamedTuple):
-    """Per shot, [N, C] each."""
+    """Per shot, [N, C] each, around attention and around the MLP; the last block's text has the first two only."""
 
     shift: Tensor
     scale: Tensor
-    gate: Tensor
+    gate: Tensor | None = None
+    mlp_shift: Tensor | None = None
+    mlp_scale: Tensor | None = None
+    mlp_gate: Tensor | None = None
 
 
-def modulate(x: Tensor, m: Modulation, shot: Tensor) -> Tensor:
-    """LayerNorm(x) · (1 + scale[shot]) + shift[shot]; x [R, C], shot [R] -> [R, C] in x's dtype."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, shot: Tensor) -> Tensor:
+    """LayerNorm(x) · (1 + scale[shot]) + shift[shot]; x [R, C], shift and scale [N, C], shot [R] -> [R, C] as x."""
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return (normed * (1 + F.embedding(shot, m.scale)) + F.embedding(shot, m.shift)).to(x.dtype)
+    return (normed * (1 + F.embedding(shot, scale)) + F.embedding(shot, shift)).to(x.dtype)
 
 
 def gated(x: Tensor, branch: Tensor, gate: Tensor, shot: Tensor) -> Tensor:
     """x + gate[shot] · branch; [R, C]."""
-    return torch.addcmul(x, F.embedding(shot, gate).to(x.dtype), branch)
+    return (x + F.embedding(shot, gate) * branch).to(x.dtype)
 
 
 def time_features(times: Tensor, channels: int) -> Tensor:

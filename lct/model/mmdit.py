@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lct.kernels import NormRope, attention, norm_rope_append_, norm_rope_join
+from lct.kernels.reference import statistics_dtype
 from lct.layout import Geometry, SceneLayout
 from lct.model.cache import KVCache
 from lct.model.config import ModelConfig
@@ -14,39 +15,39 @@ from lct.model.text import WordEncoder
 
 
 class StreamBlock(nn.Module):
-    """The weights that one stream, text or video, has in a block."""
+    """The weights that one stream, text or video, has in a block.
 
-    def __init__(self, c: ModelConfig):
+    finishes  False for the text of the last block, which is only looked at: nothing reads what would come after
+    """
+
+    def __init__(self, c: ModelConfig, finishes: bool = True):
         super().__init__()
         inner, kv_inner = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        self.head_dim = c.head_dim
-        self.modulation = Linear(c.width, 6 * c.width)
+        self.head_dim, self.finishes = c.head_dim, finishes
+        self.modulation = Linear(c.width, (6 if finishes else 2) * c.width)
         self.qkv = Linear(c.width, inner + 2 * kv_inner)
         sizes = (c.head_dim, c.head_dim) if c.norm_scope == "head" else (inner, kv_inner)
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(size)) for size in sizes)
-        self.out = Linear(inner, c.width)
-        self.mlp = MLP(c.width, c.mlp_width)
-
-    def modulations(self, shots: Tensor) -> tuple[Modulation, Modulation]:
-        """For attention and for the MLP; shots [N, C] are the activated time embeddings."""
-        parts = self.modulation(shots).chunk(6, dim=-1)
-        return Modulation(*parts[:3]), Modulation(*parts[3:])
+        if finishes:
+            self.out = Linear(inner, c.width)
+            self.mlp = MLP(c.width, c.mlp_width)
 
     def project(self, x: Tensor, m: Modulation, shot: Tensor) -> Tensor:
         """[R, C] -> [R, A + 2·A_kv, D]."""
-        return self.qkv(modulate(x, m, shot)).unflatten(-1, (-1, self.head_dim))
+        return self.qkv(modulate(x, m.shift, m.scale, shot)).unflatten(-1, (-1, self.head_dim))
 
-    def finish(self, x: Tensor, attended: Tensor, ms: tuple[Modulation, Modulation], shot: Tensor) -> Tensor:
-        x = gated(x, self.out(attended.flatten(-2)), ms[0].gate, shot)
-        return gated(x, self.mlp(modulate(x, ms[1], shot)), ms[1].gate, shot)
+    def finish(self, x: Tensor, attended: Tensor, m: Modulation, shot: Tensor) -> Tensor:
+        """The stream after attention and MLP, [R, C]."""
+        x = gated(x, self.out(attended.flatten(-2)), m.gate, shot)
+        return gated(x, self.mlp(modulate(x, m.mlp_shift, m.mlp_scale, shot)), m.mlp_gate, shot)
 
 
 class Block(nn.Module):
     """One long-context MMDiT block."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, last: bool = False):
         super().__init__()
-        self.text, self.video = StreamBlock(c), StreamBlock(c)
+        self.text, self.video = StreamBlock(c, finishes=not last), StreamBlock(c)
         self.spec = NormRope(c.heads, c.rope_axes, c.rope_theta, c.norm_eps, c.norm_scope)
 
     def forward(
@@ -59,10 +60,11 @@ class Block(nn.Module):
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         s = geometry.streams
-        text_m, video_m = self.text.modulations(shots), self.video.modulations(shots)
+        text_m = Modulation(*self.text.modulation(shots).chunk(6 if self.text.finishes else 2, dim=-1))
+        video_m = Modulation(*self.video.modulation(shots).chunk(6, dim=-1))
         joined = (
-            self.text.project(text, text_m[0], s.text_shot),
-            self.video.project(video, video_m[0], s.video_shot),
+            self.text.project(text, text_m, s.text_shot),
+            self.video.project(video, video_m, s.video_shot),
             (self.text.q_norm, self.text.k_norm),
             (self.video.q_norm, self.video.k_norm),
             s,
@@ -75,10 +77,9 @@ class Block(nn.Module):
             k, v = cache
             q = norm_rope_append_(*joined, geometry.slots, k, v)
         attended = attention(q, k, v, geometry.plan, impl=impl)
-        return (
-            self.text.finish(text, attended.index_select(0, s.text_rows), text_m, s.text_shot),
-            self.video.finish(video, attended.index_select(0, s.video_rows), video_m, s.video_shot),
-        )
+        if self.text.finishes:
+            text = self.text.finish(text, attended.index_select(0, s.text_rows), text_m, s.text_shot)
+        return text, self.video.finish(video, attended.index_select(0, s.video_rows), video_m, s.video_shot)
 
 
 class MMDiT(nn.Module):
@@ -94,7 +95,7 @@ class MMDiT(nn.Module):
         self.video_in = Linear(c.patch_channels, c.width)
         self.text_in = Linear(c.text_channels, c.width)
         self.time_in = nn.Sequential(Linear(c.time_channels, c.width), nn.SiLU(), Linear(c.width, c.width), nn.SiLU())
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.blocks))
+        self.blocks = nn.ModuleList(Block(c, last=i == c.blocks - 1) for i in range(c.blocks))
         self.last_modulation = Linear(c.width, 2 * c.width)
         self.video_out = Linear(c.width, c.patch_channels)
         self.reset_parameters()
@@ -132,14 +133,17 @@ class MMDiT(nn.Module):
         """
         if isinstance(geometry, SceneLayout):
             geometry = geometry.geometry(video.device)
-        self._check(video, text, times, geometry, cache)
-        shots = self.time_in(time_features(times.to(self.video_out.weight.dtype), self.config.time_channels))
+        if not torch.compiler.is_compiling():  # sizes read here would become guards, one compilation a layout
+            self._check(video, text, times, geometry, cache)
+        shots = self.time_in(
+            time_features(times.to(statistics_dtype(self.video_out.weight.dtype)), self.config.time_channels)
+        )
         x_video, x_text = self.video_in(video), self.text_in(text.to(video.dtype))
         for index, block in enumerate(self.blocks):
             rows = None if cache is None else (cache.keys[index], cache.values[index])
             x_text, x_video = block(x_text, x_video, shots, geometry, rows, impl)
         shift, scale = self.last_modulation(shots).chunk(2, dim=-1)
-        return self.video_out(modulate(x_video, Modulation(shift, scale, scale), geometry.streams.video_shot))
+        return self.video_out(modulate(x_video, shift, scale, geometry.streams.video_shot))
 
     def _check(self, video: Tensor, text: Tensor, times: Tensor, geometry: Geometry, cache: KVCache | None) -> None:
         s, c = geometry.streams, self.config
@@ -152,6 +156,11 @@ class MMDiT(nn.Module):
                 raise ValueError(f"{name}: the layout and model expect shape {expected}, got {tuple(x.shape)}")
         if (cache is None) != (geometry.slots is None):
             raise ValueError("cache: goes with a geometry made by layout.tail, and only with one")
+        if cache is not None and (len(cache.keys), cache.rows) != (c.blocks, geometry.plan.k_rows):
+            raise ValueError(
+                f"cache: the geometry is for {c.blocks} blocks of {geometry.plan.k_rows} rows, "
+                f"got {len(cache.keys)} of {cache.rows}; pass the cache's own capacity to layout.tail"
+            )
 
     # -- accounting ----------------------------------------------------------------------------------------------
 
@@ -170,19 +179,16 @@ class MMDiT(nn.Module):
         return 3 * products + attended * 7 // 2
 
     def _flops(self, geometry: Geometry | SceneLayout) -> tuple[int, int]:
-        if isinstance(geometry, SceneLayout):
-            geometry = geometry.geometry()
-        c, text, video = self.config, sum(s.text for s in geometry.shots), sum(s.video_rows for s in geometry.shots)
-        stream = self.blocks[0].video  # type: ignore[union-attr]
-        per_row = 2 * sum(m.weight.numel() for m in (stream.qkv, stream.out, stream.mlp.rise, stream.mlp.fall))
-        per_shot = 2 * 2 * stream.modulation.weight.numel()
-        ends = 2 * (
-            video * (self.video_in.weight.numel() + self.video_out.weight.numel())
-            + text * self.text_in.weight.numel()
-            + len(geometry.shots) * self.last_modulation.weight.numel()
-        )
-        products = c.blocks * ((text + video) * per_row + len(geometry.shots) * per_shot) + ends
-        return products, c.blocks * 4 * geometry.plan.pairs * c.heads * c.head_dim
+        pairs = geometry.pairs if isinstance(geometry, SceneLayout) else geometry.plan.pairs
+        c, shots = self.config, geometry.shots
+        rows = {"text": sum(s.text for s in shots), "video": sum(s.video_rows for s in shots)}
+        products = 0
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and not name.startswith("time_in"):
+                per_shot = "modulation" in name
+                stream = "text" if "text" in name else "video"
+                products += 2 * module.weight.numel() * (len(shots) if per_shot else rows[stream])
+        return products, c.blocks * 4 * pairs * c.heads * c.head_dim
 
     def kv_bytes(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the keys and values of `rows` rows over all blocks."""

@@ -21,9 +21,11 @@ from lct.sample.request import (
     SceneRequest,
     ShotRequest,
     as_history,
+    clean_latents,
     features,
     guided,
     shot_noise,
+    state,
 )
 
 
@@ -33,7 +35,7 @@ class _History:
     def __init__(self, model: MMDiT, scenes: int, sampling: Sampling, visibility: str, impl: str):
         self.model, self.sampling, self.visibility, self.impl = model, sampling, visibility, impl
         self.shots: list[list[Prompted]] = [[] for _ in range(scenes)]
-        self.device = model.video_out.weight.device
+        self.device, self.dtype = model.video_out.weight.device, sampling.compute_dtype(model)
 
     def _layout(self, new: Sequence[Prompted]) -> SceneLayout:
         scenes = [[p.shot for p in (*old, shot)] for old, shot in zip(self.shots, new, strict=True)]
@@ -60,7 +62,7 @@ class CachedHistory(_History):
         impl: str = "auto",
     ):
         super().__init__(model, scenes, sampling, visibility, impl)
-        self.cache = KVCache(model.config, scenes, capacity, model.video_out.weight.dtype, self.device)
+        self.cache = KVCache(model.config, scenes, capacity, self.dtype, self.device)
 
     def begin(self, new: Sequence[Prompted], null: Sequence[Prompted] | None) -> None:
         """Make ready to denoise one new shot per scene; `null` are the same shots with the null prompt, to guide."""
@@ -71,7 +73,7 @@ class CachedHistory(_History):
 
     def velocity(self, z: Sequence[Tensor], times: Tensor) -> list[tuple[Tensor, ...]]:
         """Per scene, the velocity of its new shot, and of its null branch where there is one."""
-        video = torch.cat([x for x in z for _ in range(self._copies)])
+        video = torch.cat([x for x in z for _ in range(self._copies)]).to(self.dtype)
         per_shot = times.repeat_interleave(self._copies).to(self.device)
         v = self.model(video, self._features, per_shot, self._geometry, self.cache, self.impl)
         parts = v.split([len(x) for x in z for _ in range(self._copies)])
@@ -80,7 +82,8 @@ class CachedHistory(_History):
     def commit(self, new: Sequence[Prompted], latents: Sequence[Tensor], time: float) -> None:
         """One pass over the finished shots at `time` writes the keys and values that later shots see."""
         times = torch.full((len(new),), time, device=self.device)
-        self.model(torch.cat(list(latents)), self._text(new), times, self._tail(new, None), self.cache, self.impl)
+        video = torch.cat(list(latents)).to(self.dtype)
+        self.model(video, self._text(new), times, self._tail(new, None), self.cache, self.impl)
         self._remember(new)
         self.cache.commit()
 
@@ -113,7 +116,7 @@ class RecomputedHistory(_History):
         per_shot = torch.cat([torch.tensor([*self.times, float(t)], dtype=times.dtype) for t in times])
         copies = len(self._branches)
         v = self.model(
-            torch.cat(rows * copies),
+            torch.cat(rows * copies).to(self.dtype),
             self._features,
             per_shot.repeat(copies).to(self.device),
             self._geometry,
@@ -146,8 +149,12 @@ def autoregressive(
 
     Returns, per scene and shot, latents as packed patches [T·H·W, patch channels]; given ones bitwise as they were.
     """
-    if len({(len(scene.shots), scene.global_prompt is None) for scene in scenes}) != 1:
-        raise ValueError("scenes: expected as many shots in each, and a global prompt in all or none; split them")
+    alike = {(tuple(s.given is None for s in scene.shots), scene.global_prompt is None) for scene in scenes}
+    if len(alike) != 1:
+        raise ValueError(
+            "scenes: expected as many shots in each, the same of them given, and a global prompt in all or none; "
+            "split the batch"
+        )
     new_columns = [[Prompted.of(model, scene.shots[i]) for scene in scenes] for i in range(len(scenes[0].shots))]
     prompts = [Prompted.global_prompt(model, s.global_prompt) for s in scenes if s.global_prompt is not None]
     if cached:
@@ -157,21 +164,19 @@ def autoregressive(
         history = CachedHistory(model, len(scenes), max(rows) + spare, sampling, visibility, impl)
     else:
         history = RecomputedHistory(model, len(scenes), sampling, visibility, impl)
-    like = model.video_out.weight
+    like = state(model)
     if prompts:
-        history.commit(prompts, [like.new_zeros(1, model.config.patch_channels)] * len(scenes), 0.0)
+        history.commit(prompts, [like.new_zeros(1, like.shape[1])] * len(scenes), 0.0)
     finished: list[list[Tensor]] = [[] for _ in scenes]
     for index, new in enumerate(new_columns):
         requests = [scene.shots[index] for scene in scenes]
         latents = _finish(model, history, new, requests, sampling)
         last = index == len(new_columns) - 1
-        given = {request.given is not None for request in requests}
-        if not last:
-            time = 0.0 if given == {True} else sampling.history_time
-            kept = [
-                x if r.given is not None else as_history(x, r, time) for x, r in zip(latents, requests, strict=True)
-            ]
-            history.commit(new, kept, time)
+        if not last and requests[0].given is not None:
+            history.commit(new, latents, 0.0)
+        elif not last:
+            time = sampling.history_time
+            history.commit(new, [as_history(x, r, time) for x, r in zip(latents, requests, strict=True)], time)
         for scene, x in zip(finished, latents, strict=True):
             scene.append(x)
     return finished
@@ -185,16 +190,13 @@ def _finish(
     sampling: Sampling,
 ) -> list[Tensor]:
     """The finished latents of one shot per scene, given or denoised."""
-    like = model.video_out.weight
-    if all(request.given is not None for request in requests):
-        return [request.given.to(like) for request in requests]  # type: ignore[union-attr]
-    if any(request.given is not None for request in requests):
-        raise ValueError("given: expected the same shots to be given in every scene of a batch; split the scenes")
+    if requests[0].given is not None:
+        return [clean_latents(request, model) for request in requests]
     null = [Prompted.of(model, r, "") for r in requests] if sampling.guidance != 1 else None
     history.begin(new, null)
-    z = [shot_noise(request, START, model.config.patch_channels, like) for request in requests]
+    z = [shot_noise(request, START, state(model)) for request in requests]
     for now, then in sampling.times([p.shot for p in new]):
         for b, v in enumerate(history.velocity(z, now)):
-            step = (then[b] - now[b]).to(like)
-            z[b] = z[b] + step * (v[0] if len(v) == 1 else guided(v[0], v[1], sampling.guidance))
+            step = (then[b] - now[b]).to(z[b])
+            z[b] = z[b] + step * (v[0] if len(v) == 1 else guided(v[0], v[1], sampling.guidance)).to(z[b])
     return z

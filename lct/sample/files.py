@@ -20,13 +20,24 @@ from lct.sample.joint import joint
 from lct.sample.request import Sampling, SceneRequest, ShotRequest
 
 SHEET, SCENE = "contact-sheet.png", "scene"
+DEFAULT_FPS = 6.0
 
 
-def sample_scene(model: MMDiT, scene_path: Path, out: Path, mode: str, sampling: Sampling, fps: float) -> Path:
+def sample_scene(
+    model: MMDiT,
+    scene_path: Path,
+    out: Path,
+    sampling: Sampling,
+    visibility: str,
+    mode: str | None = None,
+    fps: float | None = None,
+    impl: str = "auto",
+) -> Path:
     """Generate every shot of a scene file that has no media, into the new folder `out`, whole or not at all.
 
-    mode  "auto-regressive" over a KV cache, for context-causal weights; "joint" for bidirectional ones
-    fps   of the films
+    visibility  what the weights were trained with; context-causal ones generate over a KV cache
+    mode        "auto-regressive", "joint", or None for what suits the visibility
+    fps         of the films; None for the scene file's own
 
     `out` holds `scene/` (the scene file and all latents), `shot-N.mp4` and a contact sheet. ValueError, before anything
     is generated, where a shot has no size or one that the model's patch does not divide, where given latents are not
@@ -34,10 +45,11 @@ def sample_scene(model: MMDiT, scene_path: Path, out: Path, mode: str, sampling:
     """
     check_vacant(out)
     video_package("av")
-    if not 0 < fps < float("inf"):
-        raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
     file = read_scene(scene_path)
     folder = scene_path if scene_path.is_dir() else scene_path.parent
+    fps = (file.fps or DEFAULT_FPS) if fps is None else fps
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
     codec = PixelCodec.named(file.codec or "pixel/1")
     given = {i: load_shot(folder, file, i) for i, entry in enumerate(file.shots) if entry.media is not None}
     if len(given) == len(file.shots):
@@ -45,8 +57,11 @@ def sample_scene(model: MMDiT, scene_path: Path, out: Path, mode: str, sampling:
     shots = tuple(_request(model, folder, i, entry, given.get(i)) for i, entry in enumerate(file.shots))
     request = SceneRequest(None if file.global_prompt is None else file.global_prompt.text(), shots)
 
-    run = autoregressive if mode == "auto-regressive" else joint
-    (latents,) = run(model, [request], sampling)
+    causal = visibility == "context_causal"
+    if (mode or ("auto-regressive" if causal else "joint")) == "joint":
+        (latents,) = joint(model, [request], sampling, visibility, impl)
+    else:
+        (latents,) = autoregressive(model, [request], sampling, visibility, cached=causal, impl=impl)
     videos = [
         given[i].latents if i in given else unpatchify(rows.float().cpu(), shot.video, model.config.patch).numpy()
         for i, (rows, shot) in enumerate(zip(latents, shots, strict=True))

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from lct.layout import SceneLayout
 from lct.model.mmdit import MMDiT
-from lct.sample.request import START, Prompted, Sampling, SceneRequest, features, guided, shot_noise
+from lct.sample.request import (
+    START,
+    Prompted,
+    Sampling,
+    SceneRequest,
+    clean_latents,
+    features,
+    guided,
+    shot_noise,
+    state,
+)
 
 
 @torch.no_grad()
@@ -25,18 +35,19 @@ def joint(
     Returns, per scene and shot, latents as packed patches [T·H·W, patch channels]. What the model says of given shots
     is discarded; their latents come back bitwise as they were.
     """
-    like = model.video_out.weight
+    like = state(model)
+    dtype = sampling.compute_dtype(model)
     prompted, null, latents, made = [], [], [], []
     for scene in scenes:
         cond = [Prompted.global_prompt(model, scene.global_prompt)] if scene.global_prompt is not None else []
         uncond = list(cond)
-        latents += [like.new_zeros(1, model.config.patch_channels)] * len(cond)
+        latents += [like.new_zeros(1, like.shape[1])] * len(cond)
         made += [False] * len(cond)
         for shot in scene.shots:
             cond.append(Prompted.of(model, shot))
             uncond.append(cond[-1] if shot.given is not None else Prompted.of(model, shot, ""))
             given = shot.given is not None
-            latents.append(shot.given.to(like) if given else shot_noise(shot, START, model.config.patch_channels, like))
+            latents.append(clean_latents(shot, model) if given else shot_noise(shot, START, like))
             made.append(not given)
         prompted.append(cond)
         null.append(uncond)
@@ -51,7 +62,7 @@ def joint(
     copies = 2 if sampling.guidance != 1 else 1
     for now, then in sampling.times(layout.shots[: len(made)]):
         times = torch.where(is_made, now, 0.0).repeat(copies).to(like.device)
-        velocity = model(z.repeat(copies, 1), text, times, geometry, impl=impl).chunk(copies)
+        velocity = model(z.repeat(copies, 1).to(dtype), text, times, geometry, impl=impl).to(z.dtype).chunk(copies)
         v = velocity[0] if copies == 1 else guided(velocity[0], velocity[1], sampling.guidance)
         step = (then - now)[shot_of_row].to(like)[:, None]
         z[rows] += (step * v)[rows]

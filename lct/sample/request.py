@@ -13,6 +13,7 @@ from torch import Tensor
 from lct.data.batch import pack_tokens
 from lct.data.latents import patchify
 from lct.data.scenes import SceneSample, shot_prompt
+from lct.kernels.reference import statistics_dtype
 from lct.layout import GLOBAL_VIDEO, Shot
 from lct.model.flow import shift_time, shot_shift
 from lct.model.mmdit import MMDiT
@@ -36,6 +37,15 @@ class ShotRequest:
     video: tuple[int, int, int]
     seed: int
     given: Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self):
+        shot = Shot(0, self.video)
+        if self.seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        if self.given is not None and (self.given.ndim != 2 or len(self.given) != shot.video_rows):
+            raise ValueError(
+                f"given: expected [{shot.video_rows}, channels] for {self.video}, got {list(self.given.shape)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ class Sampling:
     history_time  t_c, the noise level of generated shots as history; 0.1 to 0.5 in the paper (§ 4.2)
     shift         s of the time shift, and `shift_rows`, the number of video rows it is for; 0: the same for all shots
     text_scale    λ of the positions the weights were trained with
+    dtype         of the streams, keys and values, such as "bfloat16"; the weights' own by default. Latents and times
+                  stay in fp32 (fp64 with fp64 weights) whatever it is
     """
 
     steps: int = 20
@@ -77,14 +89,21 @@ class Sampling:
     shift: float = 1.0
     shift_rows: int = 0
     text_scale: float = 1.0
+    dtype: str | None = None
 
     def __post_init__(self):
+        if not self.shift > 0:
+            raise ValueError(f"shift: expected a number above 0, got {self.shift}")
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
         if not 0 <= self.history_time < 1:
             raise ValueError(f"history_time: expected 0 <= t_c < 1, got {self.history_time}")
+
+    def compute_dtype(self, model: MMDiT) -> torch.dtype:
+        """dtype of a forward pass."""
+        return model.video_out.weight.dtype if self.dtype is None else getattr(torch, self.dtype)
 
     def times(self, shots: Sequence[Shot]) -> Iterator[Times]:
         """(t now, t next) of each shot, step by step: one u for all of them, each mapped through its own shift."""
@@ -118,16 +137,30 @@ def features(model: MMDiT, prompted: Sequence[Prompted], device: torch.device) -
     return model.text_encoder(ids.to(device), places.to(device))
 
 
-def shot_noise(request: ShotRequest, purpose: int, channels: int, like: Tensor) -> Tensor:
-    """Noise [T·H·W, channels] of a shot, drawn from its seed and nothing else."""
-    rows = request.video[0] * request.video[1] * request.video[2]
-    draw = np.random.default_rng([request.seed, purpose]).standard_normal((rows, channels), np.float32)
+def state(model: MMDiT) -> Tensor:
+    """An empty tensor on the device and in the dtype in which latents are kept between steps."""
+    weight = model.video_out.weight
+    return torch.empty(0, model.config.patch_channels, dtype=statistics_dtype(weight.dtype), device=weight.device)
+
+
+def clean_latents(request: ShotRequest, model: MMDiT) -> Tensor:
+    """The latents of a given shot, as they are where the device and dtype allow; ValueError for other channels."""
+    assert request.given is not None
+    if request.given.shape[1] != model.config.patch_channels:
+        raise ValueError(f"given: expected {model.config.patch_channels} channels, got {request.given.shape[1]}")
+    return request.given.to(state(model))
+
+
+def shot_noise(request: ShotRequest, purpose: int, like: Tensor) -> Tensor:
+    """Noise [T·H·W, C] of a shot, drawn from its seed and nothing else; C, dtype and device as `like`."""
+    shape = (math.prod(request.video), like.shape[1])
+    draw = np.random.default_rng([request.seed, purpose]).standard_normal(shape, np.float32)
     return torch.from_numpy(draw).to(like)
 
 
 def as_history(clean: Tensor, request: ShotRequest, time: float) -> Tensor:
     """A finished shot perturbed to t_c, with noise drawn once from the shot's seed (§ 4.2)."""
-    return torch.lerp(clean, shot_noise(request, HISTORY, clean.shape[1], clean), time)
+    return torch.lerp(clean, shot_noise(request, HISTORY, clean), time)
 
 
 def guided(prompted: Tensor, null: Tensor, guidance: float) -> Tensor:

@@ -23,6 +23,7 @@ from lct.train.config import TrainConfig
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+ASSET, ASSETS = "asset:", Path(__file__).parents[1] / "assets"
 
 
 def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], config: TrainConfig) -> Path:
@@ -38,9 +39,8 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, dict[str, Tensor]]
             save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
         (temporary / "config.json").write_text(json.dumps(asdict(config), indent=1))
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(
-            json.dumps({"step": step, "torch": torch.__version__, "files": files}, indent=1)
-        )
+        manifest = {"step": step, "torch": torch.__version__, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -55,14 +55,16 @@ def verify(folder: Path) -> dict:
         raise ValueError(f"{folder}: not a checkpoint, {MANIFEST} is missing; name a folder called {PREFIX}…")
     try:
         manifest = json.loads(manifest_file.read_text())
-        files = manifest["files"].items()
-        step = manifest["step"]
+        body = {key: value for key, value in manifest.items() if key != "sha256"}
+        whole = manifest["sha256"] == _digest(body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest_file}: damaged ({error}); use another checkpoint") from None
-    for name, expected in files:
+    if not whole:
+        raise ValueError(f"{manifest_file}: damaged, it does not match its own hash; use another checkpoint")
+    for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            raise ValueError(f"{file}: missing from the checkpoint of step {step}; use another checkpoint")
+            raise ValueError(f"{file}: missing from the checkpoint of step {manifest['step']}; use another checkpoint")
         if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
             raise ValueError(f"{file}: damaged, it does not match its hash in {MANIFEST}; use another checkpoint")
     return manifest
@@ -83,12 +85,6 @@ def latest(root: Path) -> Path:
     return found[-1]
 
 
-def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """One group of tensors of a checkpoint, every file of which is checked against the manifest first."""
-    verify(folder)
-    return load_file(folder / f"{name}.safetensors")
-
-
 def save_weights(
     file: Path, weights: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype = torch.float16
 ) -> None:
@@ -100,12 +96,15 @@ def save_weights(
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
-    """Weights and their configuration, from a file of `save_weights`, or the moving average from a checkpoint or a
-    folder of checkpoints, whose hashes are checked first."""
+    """Weights and their configuration, from a file of `save_weights`, an "asset:NAME" of this package, or the moving
+    average from a checkpoint or a folder of checkpoints, whose hashes are checked first."""
     path = Path(path)
+    if str(path).startswith(ASSET):
+        path = ASSETS / f"{str(path).removeprefix(ASSET)}.safetensors"
     if path.suffix != ".safetensors":
         folder = latest(path)
-        return load_tensors(folder, "ema"), load_config(folder)
+        verify(folder)
+        return load_file(folder / "ema.safetensors"), load_config(folder)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
     try:
@@ -140,6 +139,11 @@ def assign_weights(model: nn.Module, weights: dict[str, Tensor], source: str | P
             expected, got = tuple(own[name].shape), tuple(weight.shape)
             raise ValueError(f"{source}: weight {name}: expected shape {expected}, got {got}; another configuration")
     model.load_state_dict({name: weight.to(own[name].dtype) for name, weight in weights.items()})
+
+
+def _digest(body: dict) -> str:
+    """Hash of a manifest's content, which guards it as it guards the files."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

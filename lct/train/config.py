@@ -32,6 +32,11 @@ class DataConfig:
     drop_probability: float
     """Chance that a prompt is replaced by the null prompt, for guidance; drawn per shot and for the global prompt."""
 
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Shares by kind of scene."""
+        return {"single": self.single, "cut": self.cut, "no_cut": self.no_cut}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -69,6 +74,8 @@ class TrainConfig:
     save_every: int
     """Steps between checkpoints; the last step is always saved."""
     compute_dtype: str = "float32"
+    shift_rows: int = 0
+    """Video rows of the shot that the shift is for; larger shots get more of it. 0: the same for all."""
 
     def __post_init__(self):
         if self.visibility not in VISIBILITIES:
@@ -83,10 +90,17 @@ class TrainConfig:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay of at least 0 and below 1, got {self.ema}")
-        if self.data.shots < 1:
-            raise ValueError(f"data.shots: expected at least 1, got {self.data.shots}")
-        if self.data.single + self.data.cut + self.data.no_cut <= 0:
-            raise ValueError("data: expected a positive share of single, cut or no_cut scenes, got none")
+        for name, value in (("clip", self.clip), ("shift", self.shift), ("time_std", self.time_std)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        data = self.data
+        for name in ("image_probability", "drop_probability"):
+            if not 0 <= getattr(data, name) <= 1:
+                raise ValueError(f"data.{name}: expected 0 to 1, got {getattr(data, name)}")
+        if data.shots < 1:
+            raise ValueError(f"data.shots: expected at least 1, got {data.shots}")
+        if min(data.mixture.values()) < 0 or sum(data.mixture.values()) <= 0:
+            raise ValueError(f"data: expected shares of at least 0 and one above it, got {data.mixture}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

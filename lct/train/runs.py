@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from lct.model.config import lct_3b, tiny
 from lct.train.config import DataConfig, TrainConfig
 
-PRETRAINED = str(Path(__file__).parents[1] / "assets" / "tiny_pretrained.safetensors")
+PRETRAINED = "asset:tiny_pretrained"
 
 
 def tiny_pretrain() -> TrainConfig:
@@ -24,7 +23,7 @@ def tiny_pretrain() -> TrainConfig:
         init=None,
         visibility="bidirectional",
         text_scale=0.0,
-        steps=6_000,
+        steps=8_000,
         scenes=32,
         lr=2e-3,
         warmup=100,
@@ -33,8 +32,8 @@ def tiny_pretrain() -> TrainConfig:
         weight_decay=0.0,
         clip=1.0,
         ema=0.998,
-        time_mean=0.0,
-        time_std=1.0,
+        time_mean=0.5,
+        time_std=1.2,
         shift=1.0,
         seed=0,
         save_every=1_000,

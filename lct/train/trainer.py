@@ -9,25 +9,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lct.data.atomic import new_file
 from lct.data.batch import Batch, Dataset, draw_batch
 from lct.data.folder import SceneFolder
 from lct.data.toy import ToyScenes
-from lct.model.flow import noised, shift_time, shot_losses
+from lct.model.flow import logit_normal, noised, shift_time, shot_losses, shot_shift
 from lct.model.mmdit import MMDiT
 from lct.train.checkpoint import (
     assign_weights,
     checkpoints,
     latest,
     load_config,
-    load_tensors,
     load_weights,
     save_checkpoint,
     verify,
 )
-from lct.train.config import DataConfig, TrainConfig
+from lct.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,18 @@ class StepRecord:
     tflops: float
 
     def line(self) -> str:
-        return json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in vars(self).items()})
+        return json.dumps(vars(self))
 
 
-def dataset(config: DataConfig) -> Dataset:
-    """Toy scenes, or a folder of ingested ones."""
-    if config.source == "toy":
-        return ToyScenes(config.toy, max_shots=max(2, config.shots))
-    return SceneFolder(config.source, max_shots=config.shots)
+def dataset(config: TrainConfig) -> Dataset:
+    """Toy scenes, or a folder of ingested ones. ValueError, before any training, where the folder lacks a kind of scene
+    that the mixture asks for, or the model's patch does not divide its latents."""
+    data = config.data
+    if data.source == "toy":
+        return ToyScenes(data.toy, max_shots=max(2, data.shots))
+    scenes = SceneFolder(data.source, max_shots=max(2, data.shots))
+    scenes.check([kind for kind, share in data.mixture.items() if share > 0], config.model.patch)
+    return scenes
 
 
 def batch_loss(model: MMDiT, batch: Batch, times: Tensor, text_scale: float, dtype: torch.dtype, impl: str) -> Tensor:
@@ -79,15 +84,13 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, out: str | Path, device: str = "cpu", impl: str = "auto"):
+        if not config.model.vocabulary:
+            raise ValueError(f"run {config.name}: its text features come from outside, and no encoder is wired in yet")
         self.config, self.out, self.device, self.impl = config, Path(out), _available(device), impl
-        self.dataset = dataset(config.data)
+        self.dataset = dataset(config)
         torch.manual_seed(config.seed)
         self.model = MMDiT(config.model).to(device)
-        if self.model.text_encoder is None:
-            raise ValueError(
-                f"run {config.name}: text features come from outside, and no encoder for them is wired in yet"
-            )
-        if config.init is not None:
+        if config.init is not None and not checkpoints(self.out):
             assign_weights(self.model, load_weights(config.init)[0], config.init)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.optimizer = torch.optim.AdamW(
@@ -104,16 +107,16 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         c = self.config
-        mixture = {"single": c.data.single, "cut": c.data.cut, "no_cut": c.data.no_cut}
         return draw_batch(
-            self.dataset, self.model.text_encoder.tokenize, c.model.patch, c.visibility, mixture,
+            self.dataset, self.model.text_encoder.tokenize, c.model.patch, c.visibility, c.data.mixture,
             c.data.image_probability, c.data.drop_probability, c.scenes, c.seed, step,
         )  # fmt: skip
 
     def train_step(self) -> StepRecord:
         c, began = self.config, time.perf_counter()
         batch = self.batch(self.step)
-        times = shift_time(torch.sigmoid(c.time_mean + c.time_std * batch.normal), c.shift)
+        shifts = [shot_shift(c.shift, shot.video_rows, c.shift_rows) for shot in batch.layout.shots]
+        times = shift_time(logit_normal(batch.normal, c.time_mean, c.time_std), torch.tensor(shifts))
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -161,14 +164,16 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint in the run's folder; False where there is none."""
+        log = self.out / "log.jsonl"
         if not checkpoints(self.out):
+            _trim_log(log, 0)
             return False
         folder = latest(self.out)
         manifest = verify(folder)
         _check_same(load_config(folder), self.config, folder)
-        assign_weights(self.model, load_tensors(folder, "model"), folder)
-        assign_weights(self.ema.module, load_tensors(folder, "ema"), folder)
-        state = load_tensors(folder, "optimizer")
+        assign_weights(self.model, load_file(folder / "model.safetensors"), folder)
+        assign_weights(self.ema.module, load_file(folder / "ema.safetensors"), folder)
+        state = load_file(folder / "optimizer.safetensors")
         self.ema.n_averaged.copy_(state.pop("n_averaged"))
         for name, parameter in self.model.named_parameters():
             self.optimizer.state[parameter] = {
@@ -177,7 +182,7 @@ class Trainer:
                 if f"{name}.{key}" in state
             }
         self.step = manifest["step"]
-        _trim_log(self.out / "log.jsonl", self.step)
+        _trim_log(log, self.step)
         return True
 
 
@@ -202,7 +207,16 @@ def _check_same(saved: TrainConfig, current: TrainConfig, folder: Path) -> None:
 
 
 def _trim_log(file: Path, step: int) -> None:
-    """Forget the steps after the checkpoint: they will be taken again."""
-    if file.exists():
-        lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        file.write_text("".join(f"{line}\n" for line in lines))
+    """Forget the steps after the checkpoint, which will be taken again, and a line that was cut off by a crash."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break
+        kept.append(f"{line}\n")
+    with new_file(file) as temporary:
+        temporary.write_text("".join(kept))

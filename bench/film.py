@@ -45,7 +45,7 @@ class Options:
 def losses(model: MMDiT, sample: SceneSample, text_scale: float) -> dict[str, float]:
     """Means over fixed draws: all shots noisy, and the last shot after clean ones, with context and isolated."""
     causal, isolated = (
-        pack([sample], model.text_encoder.tokenize, model.config.patch, visibility)
+        pack([sample], model.encoder.tokenize, model.config.patch, visibility)
         for visibility in ("context_causal", "isolated")
     )
     clean_history = [0.0] * (len(causal.layout.shots) - 1)

@@ -43,8 +43,8 @@ def scene_request(options: Options) -> SceneRequest:
 
 def predicted_flops(model: MMDiT, request: SceneRequest, steps: int) -> tuple[int, int]:
     """(cached, recomputed) operations of a rollout: `steps` passes a shot, and one that commits it to the cache."""
-    tokens = len(model.text_encoder.tokenize(request.shots[0].prompt))
-    scene = [Shot(len(model.text_encoder.tokenize(request.global_prompt)), (1, 1, 1), "global")]
+    tokens = len(model.encoder.tokenize(request.shots[0].prompt))
+    scene = [Shot(len(model.encoder.tokenize(request.global_prompt)), (1, 1, 1), "global")]
     capacity = scene[0].rows + sum(tokens + s.video[0] * s.video[1] * s.video[2] for s in request.shots)
     cached = model.flops(SceneLayout([scene]).tail(0, capacity))
     recomputed = 0

@@ -132,7 +132,7 @@ def fixed_losses(
     times  row i gives each shot's t; noise i depends on `seed` and i alone
     """
     geometry = packed.layout.geometry(model.video_out.weight.device, text_scale)
-    text = model.text_encoder(packed.ids, packed.places)
+    text = model.encoder(packed.ids, packed.places)
     shot, is_shot = geometry.streams.video_shot, packed.is_shot
     total = torch.zeros(len(is_shot))
     for i, row in enumerate(times):

@@ -266,6 +266,7 @@ class SceneLayout:
                 raise ValueError(f"sees: only an explicit selection takes it, visibility is {self.visibility!r}")
             return SceneLayout(scenes, self.visibility)
         self._one_each("sees", sees)
+        assert sees is not None
         selection = [(*scene, new) for scene, new in zip(self.visibility, sees, strict=True)]
         return SceneLayout(scenes, selection)
 

@@ -170,3 +170,37 @@ def test_an_unknown_preset_lists_the_known_ones():
 def test_impossible_models_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         replace(tiny(), **wrong)
+
+
+def test_a_cache_of_another_capacity_is_refused_before_it_is_written():
+    model, layout = random_model(), SceneLayout([SCENE])
+    cache = KVCache(model.config, 1, 100, torch.float64)
+    for tensor in cache.keys:
+        tensor.fill_(7.0)
+    with pytest.raises(ValueError, match="cache: the geometry is for 2 blocks of 60 rows, got 2 of 100"):
+        model(*inputs(layout, model), layout.tail(0, 60), cache)
+    assert all((tensor == 7.0).all() for tensor in cache.keys)
+
+
+def test_every_parameter_has_a_gradient():
+    model, layout = random_model(), SceneLayout([SCENE])
+    model.requires_grad_(True)
+    ids = torch.arange(layout.text_rows) % model.config.vocabulary
+    video, _, times = inputs(layout, model)
+    model(video, model.text_encoder(ids, ids), times, layout).square().sum().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert dead == ["blocks.1.text.q_norm"]  # the last block's text is looked at, and looks at nothing that is read
+
+
+def test_the_model_compiles_at_most_twice_over_one_to_nine_shots():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, counter = random_model(dtype=torch.float32), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for shots in (1, 2, 4, 6, 9):
+        layout = SceneLayout([[Shot(5 + i, (2, 3 + i, 4)) for i in range(shots)]])
+        x = inputs(layout, model)
+        geometry = layout.geometry()
+        assert torch.allclose(compiled(*x, geometry), model(*x, geometry), atol=1e-5)
+    assert counter.frame_count <= 2

@@ -283,3 +283,49 @@ def _words(sample):
         for prompt in prompts
         for word in prompt.replace("-", " ").replace(".", "").replace(":", "").split()
     }
+
+
+def test_a_changed_manifest_is_noticed(trained):
+    folder = latest(trained)
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for change in ({"step": 9}, {"files": {}}, {"files": {"ema.safetensors": 3}}, {"sha256": ""}):
+        file.write_text(json.dumps(manifest | change))
+        with pytest.raises(ValueError, match=r"manifest.json: damaged"):
+            verify(folder)
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["with a checkpoint", "before the first"])
+def test_a_log_cut_off_by_a_crash_does_not_stop_a_resume(tmp_path, saved):
+    trainer = Trainer(small(save_every=2), tmp_path)
+    lines = [trainer.train_step().line() for _ in range(2)]
+    if saved:
+        trainer.save()
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo')
+    resumed = Trainer(small(save_every=2), tmp_path)
+    assert resumed.resume() == saved
+    resumed.run()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_prompts_are_dropped_shot_by_shot_and_scene_by_scene():
+    """Guidance nulls one shot at a time, or, in joint denoising, all of them: both occur in training."""
+    scenes = [s for step in range(80) for s in batch(step=step, scenes=8, drop_probability=0.3).layout.scenes]
+    dropped = [[shot.text == 1 for shot in s if shot.role == "shot"] for s in scenes if len(s) > 3]
+    assert np.mean(np.concatenate(dropped)) == pytest.approx(0.3, abs=0.05)
+    assert 0.1 < np.mean([all(d) for d in dropped]) < 0.25
+    assert np.mean([any(d) and not all(d) for d in dropped]) > 0.2
+
+
+def test_a_run_says_before_training_what_its_scenes_lack(tmp_path):
+    from lct.data.scenefile import SceneFile, ShotEntry, write_scene
+
+    video = np.zeros((2, 6, 8, 3), np.float32)
+    write_scene(tmp_path / "a", SceneFile(None, (ShotEntry("", False, (2, 6, 8), media="m"),)), {"m.video": video})
+    folder = replace(small().data, source=str(tmp_path), single=1.0, cut=0.0, no_cut=0.0)
+    with pytest.raises(ValueError, match=r"shot 1: the patch \(1, 4, 4\) does not divide .*--patch 4"):
+        Trainer(small(data=folder), tmp_path / "out")
+    with pytest.raises(ValueError, match="expected a scene of 2 shots with cuts for kind 'cut'"):
+        Trainer(small(data=replace(folder, cut=1.0)), tmp_path / "out")

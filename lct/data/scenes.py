@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,4 +38,4 @@ class SceneSample:
 
     global_prompt: str | None
     shots: tuple[ShotSample, ...]
-    truth: object = field(default=None, compare=False)
+    truth: Any = field(default=None, compare=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +14,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class Modulation(NamedTuple):
-    """Per shot, [N, C] each, around attention and around the MLP; the last block's text has the first two only."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor | None = None
-    mlp_shift: Tensor | None = None
-    mlp_scale: Tensor | None = None
-    mlp_gate: Tensor | None = None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, shot: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,8 @@ from lct.kernels.reference import statistics_dtype
 from lct.layout import Geometry, SceneLayout
 from lct.model.cache import KVCache
 from lct.model.config import ModelConfig
-from lct.model.layers import MLP, Linear, Modulation, gated, modulate, time_features
-from lct.model.text import WordEncoder
+from lct.model.layers import MLP, Linear, gated, modulate, time_features
+from lct.model.text import TextEncoder, WordEncoder
 
 
 class StreamBlock(nn.Module):
@@ -32,14 +34,23 @@ class StreamBlock(nn.Module):
             self.out = Linear(inner, c.width)
             self.mlp = MLP(c.width, c.mlp_width)
 
-    def project(self, x: Tensor, m: Modulation, shot: Tensor) -> Tensor:
+    def project(self, x: Tensor, shot: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """[R, C] -> [R, A + 2·A_kv, D]."""
-        return self.qkv(modulate(x, m.shift, m.scale, shot)).unflatten(-1, (-1, self.head_dim))
+        return self.qkv(modulate(x, shift, scale, shot)).unflatten(-1, (-1, self.head_dim))
 
-    def finish(self, x: Tensor, attended: Tensor, m: Modulation, shot: Tensor) -> Tensor:
+    def finish(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        shot: Tensor,
+        gate: Tensor,
+        mlp_shift: Tensor,
+        mlp_scale: Tensor,
+        mlp_gate: Tensor,
+    ) -> Tensor:
         """The stream after attention and MLP, [R, C]."""
-        x = gated(x, self.out(attended.flatten(-2)), m.gate, shot)
-        return gated(x, self.mlp(modulate(x, m.mlp_shift, m.mlp_scale, shot)), m.mlp_gate, shot)
+        x = gated(x, self.out(attended.flatten(-2)), gate, shot)
+        return gated(x, self.mlp(modulate(x, mlp_shift, mlp_scale, shot)), mlp_gate, shot)
 
 
 class Block(nn.Module):
@@ -60,11 +71,11 @@ class Block(nn.Module):
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         s = geometry.streams
-        text_m = Modulation(*self.text.modulation(shots).chunk(6 if self.text.finishes else 2, dim=-1))
-        video_m = Modulation(*self.video.modulation(shots).chunk(6, dim=-1))
+        text_m = self.text.modulation(shots).chunk(6 if self.text.finishes else 2, dim=-1)
+        video_m = self.video.modulation(shots).chunk(6, dim=-1)
         joined = (
-            self.text.project(text, text_m, s.text_shot),
-            self.video.project(video, video_m, s.video_shot),
+            self.text.project(text, s.text_shot, *text_m[:2]),
+            self.video.project(video, s.video_shot, *video_m[:2]),
             (self.text.q_norm, self.text.k_norm),
             (self.video.q_norm, self.video.k_norm),
             s,
@@ -75,11 +86,12 @@ class Block(nn.Module):
             q, k, v = norm_rope_join(*joined)
         else:
             k, v = cache
+            assert geometry.slots is not None
             q = norm_rope_append_(*joined, geometry.slots, k, v)
-        attended = attention(q, k, v, geometry.plan, impl=impl)
+        attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=impl))
         if self.text.finishes:
-            text = self.text.finish(text, attended.index_select(0, s.text_rows), text_m, s.text_shot)
-        return text, self.video.finish(video, attended.index_select(0, s.video_rows), video_m, s.video_shot)
+            text = self.text.finish(text, attended.index_select(0, s.text_rows), s.text_shot, *text_m[2:])
+        return text, self.video.finish(video, attended.index_select(0, s.video_rows), s.video_shot, *video_m[2:])
 
 
 class MMDiT(nn.Module):
@@ -91,7 +103,7 @@ class MMDiT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
-        self.text_encoder = WordEncoder(c.vocabulary, c.text_channels) if c.vocabulary else None
+        self.text_encoder: TextEncoder | None = WordEncoder(c.vocabulary, c.text_channels) if c.vocabulary else None
         self.video_in = Linear(c.patch_channels, c.width)
         self.text_in = Linear(c.text_channels, c.width)
         self.time_in = nn.Sequential(Linear(c.time_channels, c.width), nn.SiLU(), Linear(c.width, c.width), nn.SiLU())
@@ -102,13 +114,24 @@ class MMDiT(nn.Module):
 
     def reset_parameters(self) -> None:
         """Every block starts as the identity (adaLN-Zero) and the velocity at zero."""
+        zero = [self.last_modulation, self.video_out]
         for module in self.modules():
             if isinstance(module, Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        streams = (s for block in self.blocks for s in (block.text, block.video))  # type: ignore[union-attr]
-        for linear in (*(s.modulation for s in streams), self.last_modulation, self.video_out):
+            if isinstance(module, StreamBlock):
+                zero.append(module.modulation)
+        for linear in zero:
             nn.init.zeros_(linear.weight)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The model's text encoder; ValueError where text features come from outside."""
+        if self.text_encoder is None:
+            raise ValueError(
+                "text_encoder: this model takes text features from outside, and no encoder is wired in yet"
+            )
+        return self.text_encoder
 
     def forward(
         self,

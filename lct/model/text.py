@@ -1,13 +1,10 @@
-"""Text encoders: prompts in, packed features out.
-
-A text encoder has `tokenize(prompt) -> token ids`, as many as the shot has text tokens, and
-`forward(ids, places) -> features [S_text, text_channels]`. The one here is small and learned with the model.
-"""
+"""Text encoders: prompts in, packed features out."""
 
 from __future__ import annotations
 
 import re
 import zlib
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -17,6 +14,18 @@ NULL = 0  # the one token of the null prompt
 _WORDS = re.compile(r"\[[A-Z ]+\]|\w+")  # a mark such as [SHOT CUT] is one word
 _WAVES = 16
 _SALT = 14  # with it no two words of the toy scenes fall into one of 511 buckets
+
+
+class TextEncoder(Protocol):
+    """What the trainer and the samplers ask of a text encoder, small or large, learned or frozen."""
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Ids of a prompt, as many as its shot has text tokens; "" is the null prompt of guidance."""
+        ...
+
+    def __call__(self, ids: Tensor, places: Tensor) -> Tensor:
+        """ids, places [S_text] of packed prompts -> features [S_text, text_channels]."""
+        ...
 
 
 class WordEncoder(nn.Module):

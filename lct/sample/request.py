@@ -122,19 +122,19 @@ class Prompted:
 
     @classmethod
     def of(cls, model: MMDiT, request: ShotRequest, prompt: str | None = None) -> Prompted:
-        ids = model.text_encoder.tokenize(request.prompt if prompt is None else prompt)
+        ids = model.encoder.tokenize(request.prompt if prompt is None else prompt)
         return cls(Shot(len(ids), request.video), ids)
 
     @classmethod
     def global_prompt(cls, model: MMDiT, prompt: str) -> Prompted:
-        ids = model.text_encoder.tokenize(prompt)
+        ids = model.encoder.tokenize(prompt)
         return cls(Shot(len(ids), GLOBAL_VIDEO, "global"), ids)
 
 
 def features(model: MMDiT, prompted: Sequence[Prompted], device: torch.device) -> Tensor:
     """Text features of shots in row order, [S_text, text_channels]."""
     ids, places = pack_tokens([p.ids for p in prompted])
-    return model.text_encoder(ids.to(device), places.to(device))
+    return model.encoder(ids.to(device), places.to(device))
 
 
 def state(model: MMDiT) -> Tensor:

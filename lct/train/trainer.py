@@ -70,7 +70,7 @@ def batch_loss(model: MMDiT, batch: Batch, times: Tensor, text_scale: float, dty
     times = torch.where(is_shot, times.to(device), 0.0)
     shot = geometry.streams.video_shot
     flow = noised(batch.latents.to(device), batch.noise.to(device), times[shot])
-    text = model.text_encoder(batch.ids.to(device), batch.places.to(device))
+    text = model.encoder(batch.ids.to(device), batch.places.to(device))
     velocity = model(flow.z_t.to(dtype), text, times, geometry, impl=impl)
     losses = shot_losses(velocity, flow.target, shot, len(times))
     has_loss = is_shot & (torch.bincount(shot, minlength=len(times)) > 0)
@@ -108,7 +108,7 @@ class Trainer:
     def batch(self, step: int) -> Batch:
         c = self.config
         return draw_batch(
-            self.dataset, self.model.text_encoder.tokenize, c.model.patch, c.visibility, c.data.mixture,
+            self.dataset, self.model.encoder.tokenize, c.model.patch, c.visibility, c.data.mixture,
             c.data.image_probability, c.data.drop_probability, c.scenes, c.seed, step,
         )  # fmt: skip
 

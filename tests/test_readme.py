@@ -1,6 +1,7 @@
 """README: its commands and code run as written, its table names code that exists, its links lead somewhere."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -134,3 +135,10 @@ def test_every_row_of_the_table_from_paper_to_code_names_code():
 @pytest.mark.parametrize("link", [link for link in LINKS if "://" not in link])
 def test_a_link_leads_to_a_file(link):
     assert (ROOT / link).exists()
+
+
+def test_results_are_those_of_the_committed_records():
+    spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    assert report.renewed(README) == README, "stale: run python bench/report.py"

@@ -54,61 +54,25 @@ torch.library.define(
 )
 
 
-def _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, heads, axes, theta, eps, scope):
-    rows, (kv_heads, dim) = len(text_rows) + len(video_rows), _kv(video_qkv, heads)
-    q = video_qkv.new_empty(rows, heads, dim)
-    k, v = (video_qkv.new_empty(rows, kv_heads, dim) for _ in range(2))
-    turns = reference.rope_turns(positions, axes, theta, q.dtype)
-    for qkv, weights, at in ((text_qkv, (tqn, tkn), text_rows), (video_qkv, (vqn, vkn), video_rows)):
-        parts = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        for out, x, weight in zip((q, k), parts, weights, strict=False):
-            out[at] = reference.rotate(reference.rms_norm(x, weight, eps, scope), turns[at])
-        v[at] = parts[2]
-    return q, k, v
+def _join(*arguments):
+    tensors, (positions, *options) = arguments[:8], arguments[8:]
+    return reference.norm_rope_join(_streams(tensors), positions, *options)
 
 
-def _join_backward(
-    dq,
-    dk,
-    dv,
-    text_qkv,
-    video_qkv,
-    tqn,
-    tkn,
-    vqn,
-    vkn,
-    text_rows,
-    video_rows,
-    positions,
-    heads,
-    axes,
-    theta,
-    eps,
-    scope,
-):
-    turns = reference.rope_turns(positions, axes, theta, dq.dtype).conj().resolve_conj()
-    kv_heads, _ = _kv(video_qkv, heads)
-    d_qkv, d_weights = [], []
-    for qkv, weights, at in ((text_qkv, (tqn, tkn), text_rows), (video_qkv, (vqn, vkn), video_rows)):
-        d_stream = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        parts, d_parts = (x.split((heads, kv_heads, kv_heads), dim=1) for x in (qkv, d_stream))
-        for x, d_x, weight, gradient in zip(parts, d_parts, weights, (dq, dk), strict=False):
-            d_normed = reference.rotate(gradient[at], turns[at])
-            d_input, d_weight = _rms_norm_backward(d_normed, x, weight, eps, scope)
-            d_x.copy_(d_input)
-            d_weights.append(d_weight)
-        d_parts[2].copy_(dv[at])
-        d_qkv.append(d_stream)
-    return *d_qkv, *d_weights
+def _join_backward(dq, dk, dv, *arguments):
+    tensors, (positions, *options) = arguments[:8], arguments[8:]
+    return reference.norm_rope_join_backward(dq, dk, dv, _streams(tensors), positions, *options)
 
 
-def _append(
-    text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, *options
-):
-    q, k, v = _join(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, *options)
-    k_cache[slots] = k
-    v_cache[slots] = v
+def _append(*arguments):
+    tensors, (positions, slots, k_cache, v_cache, *options) = arguments[:8], arguments[8:]
+    q, k_cache[slots], v_cache[slots] = reference.norm_rope_join(_streams(tensors), positions, *options)
     return q
+
+
+def _streams(tensors) -> tuple[reference.Stream, reference.Stream]:
+    text_qkv, video_qkv, text_q_norm, text_k_norm, video_q_norm, video_k_norm, text_rows, video_rows = tensors
+    return (text_qkv, (text_q_norm, text_k_norm), text_rows), (video_qkv, (video_q_norm, video_k_norm), video_rows)
 
 
 torch.library.impl("lct::norm_rope_join", "default", _join)
@@ -118,7 +82,7 @@ torch.library.impl("lct::norm_rope_append_", "default", _append)
 
 @torch.library.register_fake("lct::norm_rope_join")
 def _join_fake(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, heads, *options):
-    rows, (kv_heads, dim) = text_qkv.shape[0] + video_qkv.shape[0], _kv(video_qkv, heads)
+    rows, (kv_heads, dim) = text_qkv.shape[0] + video_qkv.shape[0], reference.kv_shape(video_qkv, heads)
     k, v = (video_qkv.new_empty(rows, kv_heads, dim) for _ in range(2))
     return video_qkv.new_empty(rows, heads, dim), k, v
 
@@ -133,23 +97,6 @@ def _append_fake(
     text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, heads, *o
 ):
     return video_qkv.new_empty(text_qkv.shape[0] + video_qkv.shape[0], heads, video_qkv.shape[-1])
-
-
-def _kv(qkv: Tensor, heads: int) -> tuple[int, int]:
-    """(A_kv, D) of a QKV tensor [R, A + 2·A_kv, D]."""
-    return (qkv.shape[1] - heads) // 2, qkv.shape[2]
-
-
-def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, scope: str) -> tuple[Tensor, Tensor]:
-    """With y = x·r·w, r = 1/rms: dx = r (g − x̂ · mean(g·x̂)), g = dy·w, x̂ = x·r; dw = Σ dy·x̂."""
-    wide = x.to(reference.statistics_dtype(x.dtype))
-    inverse = reference.inverse_rms(wide, eps, scope)
-    normed, dy = wide * inverse, dy.to(wide.dtype)
-    g = dy * reference.norm_weight(weight, x, scope)
-    dims = (-1,) if scope == "head" else (-2, -1)
-    dx = inverse * (g - normed * (g * normed).mean(dims, keepdim=True))
-    d_weight = (dy * normed).sum((0, 1) if scope == "head" else 0)
-    return dx.to(x.dtype), d_weight.reshape(weight.shape).to(weight.dtype)
 
 
 class _NormRopeJoin(torch.autograd.Function):
@@ -185,7 +132,7 @@ def norm_rope_join(
 
     Returns q [S, A, D], k and v [S, A_kv, D], new tensors. Differentiable in QKV and norm weights; deterministic.
     Norm statistics and rotation run in fp32 (fp64 for fp64). Raises ValueError or TypeError where shapes disagree.
-    Defined by `reference.rms_norm`, `reference.rotate`.
+    Defined by `reference.norm_rope_join`.
     """
     tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
     return _NormRopeJoin.apply(*tensors, *options)
@@ -209,7 +156,7 @@ def norm_rope_append_(
     k_cache, v_cache  [B·capacity, A_kv, D], changed in place; rows not in `slots` keep their bytes
     """
     tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
-    kv = _kv(video_qkv, spec.heads)
+    kv = reference.kv_shape(video_qkv, spec.heads)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.ndim != 3 or tuple(cache.shape[1:]) != kv:
             raise ValueError(f"{name}: expected [rows, {kv[0]}, {kv[1]}], got {tuple(cache.shape)}")
@@ -235,7 +182,7 @@ def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spe
             qkv.ndim != 3
             or qkv.shape[1] <= spec.heads
             or (qkv.shape[1] - spec.heads) % 2
-            or spec.heads % _kv(qkv, spec.heads)[0]
+            or spec.heads % reference.kv_shape(qkv, spec.heads)[0]
         ):
             raise ValueError(f"{name}: expected [rows, {spec.heads} + 2·kv_heads, head_dim], got {tuple(qkv.shape)}")
         if qkv.shape[0] != len(at):
@@ -245,7 +192,7 @@ def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spe
             f"text_qkv: expected heads, head_dim, dtype of video_qkv, {tuple(video_qkv.shape[1:])} {video_qkv.dtype}, "
             f"got {tuple(text_qkv.shape[1:])} {text_qkv.dtype}"
         )
-    kv_heads, dim = _kv(video_qkv, spec.heads)
+    kv_heads, dim = reference.kv_shape(video_qkv, spec.heads)
     if sum(spec.axes) > dim:
         raise ValueError(f"axes: expected a sum of at most head_dim {dim}, got {spec.axes}")
     sizes = (dim, dim) if spec.scope == "head" else (spec.heads * dim, kv_heads * dim)

@@ -162,3 +162,74 @@ def inverse_rms(wide: Tensor, eps: float, scope: str) -> Tensor:
 
 def norm_weight(weight: Tensor, x: Tensor, scope: str) -> Tensor:
     return weight if scope == "head" else weight.view(x.shape[-2:])
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, scope: str) -> tuple[Tensor, Tensor]:
+    """With y = x·r·w, r = 1/rms: dx = r (g − x̂ · mean(g·x̂)), g = dy·w, x̂ = x·r; dw = Σ dy·x̂."""
+    wide = x.to(statistics_dtype(x.dtype))
+    inverse = inverse_rms(wide, eps, scope)
+    normed, dy = wide * inverse, dy.to(wide.dtype)
+    g = dy * norm_weight(weight, x, scope)
+    dims = (-1,) if scope == "head" else (-2, -1)
+    dx = inverse * (g - normed * (g * normed).mean(dims, keepdim=True))
+    d_weight = (dy * normed).sum((0, 1) if scope == "head" else 0)
+    return dx.to(x.dtype), d_weight.reshape(weight.shape).to(weight.dtype)
+
+
+Stream = tuple[Tensor, tuple[Tensor, Tensor], Tensor]  # QKV [R, A + 2·A_kv, D], (q, k) norm weights, joint rows [R]
+
+
+def kv_shape(qkv: Tensor, heads: int) -> tuple[int, int]:
+    """(A_kv, D) of a QKV tensor [R, A + 2·A_kv, D]."""
+    return (qkv.shape[1] - heads) // 2, qkv.shape[2]
+
+
+def norm_rope_join(
+    streams: Sequence[Stream],
+    positions: Tensor,
+    heads: int,
+    axes: Sequence[int],
+    theta: float,
+    eps: float,
+    scope: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k = rotate(rms_norm(·)) and v of every stream, in joint order; [S, A, D] and twice [S, A_kv, D]."""
+    qkv = streams[0][0]
+    kv_heads, dim = kv_shape(qkv, heads)
+    q = qkv.new_empty(len(positions), heads, dim)
+    k, v = (qkv.new_empty(len(positions), kv_heads, dim) for _ in range(2))
+    turns = rope_turns(positions, axes, theta, q.dtype)
+    for qkv, weights, rows in streams:
+        parts = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        for out, x, weight in zip((q, k), parts, weights, strict=False):
+            out[rows] = rotate(rms_norm(x, weight, eps, scope), turns[rows])
+        v[rows] = parts[2]
+    return q, k, v
+
+
+def norm_rope_join_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    streams: Sequence[Stream],
+    positions: Tensor,
+    heads: int,
+    axes: Sequence[int],
+    theta: float,
+    eps: float,
+    scope: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of every stream's QKV, then of every stream's q and k norm weights: the rotation is turned back."""
+    turns = rope_turns(positions, axes, theta, dq.dtype).conj().resolve_conj()
+    d_qkv, d_weights = [], []
+    for qkv, weights, rows in streams:
+        kv_heads, _ = kv_shape(qkv, heads)
+        d_stream = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        parts, d_parts = (x.split((heads, kv_heads, kv_heads), dim=1) for x in (qkv, d_stream))
+        for x, d_x, weight, gradient in zip(parts, d_parts, weights, (dq, dk), strict=False):
+            d_input, d_weight = rms_norm_backward(rotate(gradient[rows], turns[rows]), x, weight, eps, scope)
+            d_x.copy_(d_input)
+            d_weights.append(d_weight)
+        d_parts[2].copy_(dv[rows])
+        d_qkv.append(d_stream)
+    return *d_qkv, *d_weights

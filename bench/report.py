@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+MARKS = {True: "", False: ", **missed**"}
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- end of results -->"
 
 
@@ -34,9 +35,9 @@ def results() -> str:
         "",
         f"Colour is a distance in RGB: random identities are 0.84 apart. Over {cache['shots']} shots the KV cache is "
         f"{cache['measured_ratio']:.2f} times faster than recomputing all history; the FLOP count predicts "
-        f"{cache['predicted_ratio']:.2f}. Tuning on a real film of {len(film['cuts']) + 1} shots takes the loss on fixed "
-        f"draws to {film['ratio']:.2f} of its start, and makes the last shot's {film['context_gain']:.2f} times better with "
-        "context than without.",
+        f"{cache['predicted_ratio']:.2f}. Tuning on a real film of {len(film['cuts']) + 1} shots takes the loss on "
+        f"fixed draws to {film['ratio']:.2f} of its start, and makes the last shot's {film['context_gain']:.2f} times "
+        "better with context than without.",
     ]
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ def tiny_lct() -> TrainConfig:
         name="tiny_lct",
         data=replace(stage.data, single=0.2, cut=0.8 / 3, no_cut=1.6 / 3),
         init="runs/tiny_text_rope",
-        steps=900,
+        steps=1_500,
         scenes=16,
         lr=2e-3,
         warmup=30,

@@ -16,17 +16,18 @@ from lct.train.config import TrainConfig
 from lct.train.runs import RUNS, run
 
 
-def demo(out: Path = Path("demo"), scenes: int = 64, resume: bool = False) -> int:
+def demo(out: Path = Path("demo"), scenes: int = 64, resume: bool = False, check: bool = False) -> int:
     """Tune a tiny model in the paper's stages, let it direct multi-shot scenes, and show them on one page.
 
     Args:
         out: Folder of the page, pictures, film, metrics and checkpoints.
         scenes: Held-out scenes to measure on.
         resume: Go on with the stages found in the folder instead of training them anew.
+        check: Exit with 1 where a target is missed.
     """
     from lct.demo import run_demo
 
-    return run_demo(out, scenes, resume)
+    return run_demo(out, scenes, resume, check)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ TARGETS = (
 REPORTED = ("background", "shape", "framing", "place")
 
 
-def run_demo(out: Path, scenes: int, resume: bool = False) -> int:
-    """Train, generate, measure, draw; returns 0 where every target is met, else 1.
+def run_demo(out: Path, scenes: int, resume: bool = False, check: bool = False) -> int:
+    """Train, generate, measure, draw; returns 0, or 1 with `check` where a target is missed.
 
     resume  go on with the stages found in `out`; otherwise they are trained anew, so that the code at hand is judged
     """
@@ -89,7 +89,7 @@ def run_demo(out: Path, scenes: int, resume: bool = False) -> int:
         mark = {True: "met   ", False: "MISSED", None: "      "}[row.passed]
         print(f"{mark}  {row.name:72s}{row.value:>16s}   {row.target}")
     print(f"{seconds:.0f} s; see {out / 'index.html'}")
-    return 0 if all(row.passed for row in rows if row.passed is not None) else 1
+    return int(check and not all(row.passed for row in rows if row.passed is not None))
 
 
 def _train(out: Path, resume: bool) -> tuple[MMDiT, MMDiT, dict[str, float]]:

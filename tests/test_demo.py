@@ -73,7 +73,7 @@ def test_the_demo_leaves_one_folder_with_everything_and_resumes(tmp_path, monkey
         monkeypatch.setattr(demo, run.__name__, lambda short=short: short)
     monkeypatch.setattr(demo, "SAMPLING", replace(demo.SAMPLING, steps=2))
     out = tmp_path / "demo"
-    assert demo.run_demo(out, 4) == 1  # an untrained model misses its targets, and says so
+    assert demo.run_demo(out, 4, check=True) == 1  # an untrained model misses its targets, and says so
     assert "MISSED" in capsys.readouterr().out
     names = {"index.html", "metrics.json", "mask.png", "positions.png", "contact-sheet-1.png", "auto-regressive.mp4"}
     assert names <= {file.name for file in out.iterdir()}
@@ -81,5 +81,5 @@ def test_the_demo_leaves_one_folder_with_everything_and_resumes(tmp_path, monkey
     assert record["scenes"] == 4 and len(record["targets"]) == len(demo.TARGETS)
     weights.unlink()
     log = (out / "tiny_lct" / "log.jsonl").read_text()
-    assert demo.run_demo(out, 4, resume=True) == 1  # nothing is trained again, so nothing is missing
+    assert demo.run_demo(out, 4, resume=True) == 0  # nothing is trained again, so nothing is missing
     assert (out / "tiny_lct" / "log.jsonl").read_text() == log

@@ -34,7 +34,7 @@ ROLES = ("wanderer", "traveller", "dancer")
 
 # Pixels on a 16 x 16 frame, whose free area below the sky is 14 high; other sizes scale with that area's shorter side.
 AREA = 14.0
-RADIUS = {"wide shot": 2.5, "close-up": 4.0}
+RADIUS = {"wide shot": 3.0, "close-up": 4.0}
 TRAVEL = {"wide shot": 4.0, "close-up": 4.0}
 ESTABLISHING = "establishing shot"
 SUPERSAMPLING = 4

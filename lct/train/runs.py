@@ -23,7 +23,7 @@ def tiny_pretrain() -> TrainConfig:
         init=None,
         visibility="bidirectional",
         text_scale=0.0,
-        steps=8_000,
+        steps=6_000,
         scenes=32,
         lr=2e-3,
         warmup=100,
@@ -43,7 +43,7 @@ def tiny_pretrain() -> TrainConfig:
 def tiny_text_rope() -> TrainConfig:
     """Text tokens get diagonal positions: short tuning on single shots (§ 3.2.2)."""
     return replace(
-        tiny_pretrain(), name="tiny_text_rope", init=PRETRAINED, text_scale=1.0, steps=100, lr=1e-3, warmup=10, ema=0.95
+        tiny_pretrain(), name="tiny_text_rope", init=PRETRAINED, text_scale=1.0, steps=500, warmup=20, ema=0.98
     )
 
 
@@ -55,7 +55,7 @@ def tiny_lct() -> TrainConfig:
         name="tiny_lct",
         data=replace(stage.data, single=0.2, cut=0.8 / 3, no_cut=1.6 / 3),
         init="runs/tiny_text_rope",
-        steps=1_500,
+        steps=1_250,
         scenes=16,
         lr=2e-3,
         warmup=30,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lct.data.atomic import new_file
+from lct.data.latents import size_in_patches
 from lct.data.scenes import SceneSample, shot_prompt
 from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet, mask_picture, positions_picture
@@ -137,8 +138,8 @@ def demo_layout(samples: list[SceneSample], visibility: str) -> SceneLayout:
     """The layout that the pictures show: the first scene, with its prompts counted in words."""
     scene = [Shot(len((samples[0].global_prompt or "").split()), (1, 1, 1), "global")]
     for shot in samples[0].shots:
-        frames, height, width, _ = shot.latents.shape
-        scene.append(Shot(len(shot_prompt(shot.prompt, shot.cut).split()), (frames, height // 4, width // 4)))
+        words = shot_prompt(shot.prompt, shot.cut).split()
+        scene.append(Shot(len(words), size_in_patches(shot.latents.shape, tiny_lct().model.patch)))
     return SceneLayout([scene], visibility)
 
 

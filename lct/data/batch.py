@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lct.data.latents import patchify
+from lct.data.latents import patchify, size_in_patches
 from lct.data.scenes import SceneSample, ShotSample, shot_prompt
 from lct.layout import GLOBAL_VIDEO, SceneLayout, Shot
 
@@ -64,8 +64,7 @@ def pack(samples: list[SceneSample], tokenize: Tokenize, patch: tuple[int, int, 
             latents.append(torch.zeros(1, channels))
         for shot in sample.shots:
             ids = tokenize(shot_prompt(shot.prompt, shot.cut))
-            size = tuple(n // p for n, p in zip(shot.latents.shape, patch, strict=False))
-            scene.append(Shot(len(ids), size))  # type: ignore[arg-type]
+            scene.append(Shot(len(ids), size_in_patches(shot.latents.shape, patch)))
             prompts.append(ids)
             latents.append(patchify(torch.from_numpy(shot.latents), patch))
         scenes.append(scene)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -71,6 +72,12 @@ class PixelCodec:
         channels_first = small.permute(0, 3, 1, 2).float()
         enlarged = F.interpolate(channels_first, scale_factor=float(self.stride), mode="bicubic", align_corners=False)
         return ((enlarged.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def size_in_patches(size: Sequence[int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(T, H, W) in patches of latents whose first three sizes are `size`, in latent pixels."""
+    frames, height, width = (n // p for n, p in zip(size, patch, strict=False))
+    return frames, height, width
 
 
 def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:

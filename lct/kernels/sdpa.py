@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,18 @@ def validated(device: torch.device, dtype: torch.dtype) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See `reference.forward`."""
-    return attention_forward(q, k, v, read_table(host_table), scale)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=wide)
+    for run in read_table(host_table):
+        if not run.sees:
+            continue
+        rows = slice(run.start, run.end)
+        queries = _grouped(q[rows], k.shape[1])
+        run_out, run_lse = _forward(queries, _visible(k, run), _visible(v, run), 0.0, False, scale=scale)
+        out[rows] = _ungrouped(run_out, q.shape[1])
+        lse[:, rows] = run_lse.reshape(q.shape[1], -1)
+    return out, lse
 
 
 def backward(
@@ -43,43 +52,12 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.backward`."""
-    return attention_backward(dout, dlse, q, k, v, out, lse, read_table(host_table), scale)
-
-
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scale: float) -> tuple[Tensor, Tensor]:
-    """See `reference.attention_forward`."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=wide)
-    for run in runs:
-        if not run.sees:
-            continue
-        rows = slice(run.start, run.end)
-        queries = _grouped(q[rows], k.shape[1])
-        run_out, run_lse = _forward(queries, _visible(k, run), _visible(v, run), 0.0, False, scale=scale)
-        out[rows] = _ungrouped(run_out, q.shape[1])
-        lse[:, rows] = run_lse.reshape(q.shape[1], -1)
-    return out, lse
-
-
-def attention_backward(
-    dout: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    runs: Sequence[Run],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.attention_backward`."""
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     # Several runs add into one key row: sums of half-precision parts are kept in fp32.
     wide = torch.promote_types(q.dtype, torch.float32)
     dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (k, v))
     wants_lse = bool(dlse.any())
-    for run in runs:
+    for run in read_table(host_table):
         if not run.sees:
             continue
         rows, kv_heads = slice(run.start, run.end), k.shape[1]

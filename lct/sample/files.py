@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lct.data.atomic import check_vacant, new_folder
-from lct.data.latents import PixelCodec, patchify, unpatchify
+from lct.data.latents import PixelCodec, patchify, size_in_patches, unpatchify
 from lct.data.scenefile import ShotEntry, load_shot, read_scene, write_scene
 from lct.data.scenes import ShotSample, shot_prompt
 from lct.data.video import video_package, write_video
@@ -95,7 +95,6 @@ def _request(model: MMDiT, folder: Path, index: int, entry: ShotEntry, given: Sh
         raise ValueError(f"{where}: expected latents of {channels} channels, got {given.latents.shape[3]}")
     if given is not None and not np.isfinite(given.latents).all():
         raise ValueError(f"{where}: its latents hold NaN or infinity; encode it again")
-    frames, height, width = (n // p for n, p in zip(size, patch, strict=True))
     rows = None if given is None else patchify(torch.from_numpy(given.latents), patch)
     seed = index if entry.seed is None else entry.seed
-    return ShotRequest(shot_prompt(entry.prompt, entry.cut), (frames, height, width), seed, rows)
+    return ShotRequest(shot_prompt(entry.prompt, entry.cut), size_in_patches(size, patch), seed, rows)

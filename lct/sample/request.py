@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lct.data.batch import pack_tokens
-from lct.data.latents import patchify
+from lct.data.latents import patchify, size_in_patches
 from lct.data.scenes import SceneSample, shot_prompt
 from lct.kernels.reference import statistics_dtype
 from lct.layout import GLOBAL_VIDEO, Shot
@@ -62,10 +62,10 @@ class SceneRequest:
         """The request for a scene like `sample`: its prompts and sizes, the shots in `given` with their media."""
         shots = []
         for index, shot in enumerate(sample.shots):
-            size = tuple(n // p for n, p in zip(shot.latents.shape, patch, strict=False))
+            size = size_in_patches(shot.latents.shape, patch)
             rows = patchify(torch.from_numpy(shot.latents), patch) if index in given else None
             prompt = shot_prompt(shot.prompt, shot.cut)
-            shots.append(ShotRequest(prompt, size, seed + index, rows))  # type: ignore[arg-type]
+            shots.append(ShotRequest(prompt, size, seed + index, rows))
         return cls(sample.global_prompt, tuple(shots))
 
 

@@ -198,10 +198,11 @@ def _available(device: str) -> torch.device:
 
 def _check_same(saved: TrainConfig, current: TrainConfig, folder: Path) -> None:
     """A resumed run takes the same steps as one that never stopped, so its configuration must be the same."""
+    now = asdict(current)
     for key, value in asdict(saved).items():
-        if value != asdict(current)[key]:
+        if value != now[key]:
             raise ValueError(
-                f"{folder}: was written with {key}={value}, now {key}={asdict(current)[key]}; "
+                f"{folder}: was written with {key}={value}, now {key}={now[key]}; "
                 "resume with the same configuration or train into another folder"
             )
 

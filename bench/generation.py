@@ -36,7 +36,7 @@ class Options:
 
 
 def scene_request(options: Options) -> SceneRequest:
-    prompts = ["[SHOT CUT] close-up of Character 1 moving left in the meadow"] * options.shots
+    prompts = ["[SHOT CUT] close-up of Character 1, top right, moving left in the meadow"] * options.shots
     shots = tuple(ShotRequest(prompt, options.video, seed) for seed, prompt in enumerate(prompts))
     return SceneRequest("Character 1: a wanderer. The scene is set at night.", shots)
 

@@ -62,7 +62,7 @@ TARGETS = (
     Target("auto-regressive", "light", "light, which only the global prompt names", least=0.9),
     Target("joint", "light", "light, which only the global prompt names", least=0.9),
 )
-REPORTED = ("background", "shape", "framing", "place")
+REPORTED = ("background", "shape", "corner", "framing", "place")
 
 
 def run_demo(out: Path, scenes: int, resume: bool = False, check: bool = False) -> int:

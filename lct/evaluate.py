@@ -87,12 +87,12 @@ def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str
     colour            distance of a shot's character colour from what its scene fixes: the truth where the first shot is
                       given, else the scene's own first shot; `colour_by_shot` the same shot by shot
     background        the same of the background's colour
-    shape, motion, light, framing, place   share of shots that are right; shape against the same standard as colour
+    shape, motion, corner, light, framing, place   share of shots that are right; shape against the same standard as colour
     hue_spread        1 − |mean of exp(2πi·hue)| over scenes; `hue_spread_truth` the truth's
     """
     skip = 1
     errors, backgrounds, shapes = [], [], []
-    rights: dict[str, list[float]] = {key: [] for key in ("motion", "light", "framing", "place")}
+    rights: dict[str, list[float]] = {key: [] for key in ("motion", "corner", "light", "framing", "place")}
     hues = []
     for scene, sample in zip(frames, samples, strict=True):
         readings = [read_shot(shot) for shot in scene]

@@ -20,6 +20,7 @@ from lct.data.toy import (
     SHAPES,
     TEXTURES,
     ToyScenes,
+    corner_of,
     sky_rows,
     step,
     to_frames,
@@ -81,14 +82,14 @@ def test_truth_is_read_back():
     mean = read_back(draw())
     assert mean("colour_error") <= 0.04 and mean("background_error") <= 0.04
     assert mean("motion") >= 0.99 and mean("framing") >= 0.99
-    assert mean("light") == 1 and mean("visible") == 1 and mean("place") == 1
+    assert mean("light") == 1 and mean("visible") == 1 and mean("place") == 1 and mean("corner") >= 0.99
     assert mean("shape") >= 0.95 and mean("shape", "close-up") >= 0.99
 
 
 def test_truth_is_read_back_through_noise():
     rng = np.random.default_rng(1)
     mean = read_back(draw(), lambda frames: frames + 0.05 * rng.standard_normal(frames.shape))
-    assert mean("motion") >= 0.97 and mean("colour_error") <= 0.08
+    assert mean("motion") >= 0.97 and mean("colour_error") <= 0.08 and mean("corner") >= 0.97
     assert mean("light") == 1 and mean("framing") >= 0.97 and mean("shape") >= 0.95
 
 
@@ -102,6 +103,7 @@ def test_every_preset_is_read_back(preset):
     mean = read_back(draw(preset, count=90))
     assert mean("motion") >= 0.99 and mean("light") == 1 and mean("framing") >= 0.99
     assert mean("colour_error") <= 0.04 and mean("shape") >= 0.95 and mean("texture") >= 0.95
+    assert mean("corner") >= 0.9  # one that starts beside a middle line may be read on its other side
 
 
 def test_scores_tell_wrong_from_right():
@@ -115,7 +117,7 @@ def test_scores_tell_wrong_from_right():
     apart = colour_error(scene.truth.characters[0].rgb, other.truth.characters[0].rgb)
     assert np.allclose([score["colour_error"] for score in wrong], apart, atol=0.05)
     empty = score_shots([np.full((3, 16, 16, 3), 0.4)], scene.truth)[0]
-    assert empty["visible"] == empty["shape"] == empty["motion"] == empty["framing"] == 0
+    assert empty["visible"] == empty["shape"] == empty["motion"] == empty["corner"] == empty["framing"] == 0
     assert empty["colour_error"] > 0.3
     with pytest.raises(ValueError, match="shots: expected at most"):
         score_shots([np.zeros((3, 16, 16, 3))] * 10, scenes[0].truth)
@@ -252,12 +254,22 @@ def test_prompts():
     toy, rng = ToyScenes(), np.random.default_rng(0)
     prompts = {shot.prompt for _ in range(300) for shot in toy.sample("cut", rng).shots}
     assert {
-        "close-up of Character 1 moving left in the meadow",
-        "wide shot of Character 1 moving up by the harbour",
+        "close-up of Character 1, bottom right, moving left in the meadow",
+        "wide shot of Character 1, bottom left, moving up by the harbour",
         "establishing shot of the street",
     } <= prompts
     story = {toy.sample("cut", rng).global_prompt for _ in range(50)}
     assert "Character 1: a wanderer. The scene is set at night. Character 1 wanders about." in story
+
+
+def test_corners():
+    assert [corner_of(y, x, 16, 20) for y, x in ((0, 0), (7.9, 9.9), (8, 9.9), (7.9, 10), (15, 19))] == [
+        "top left", "top left", "bottom left", "top right", "bottom right",
+    ]  # fmt: skip
+    for scene in draw():
+        for shot, event in zip(scene.shots, scene.truth.shots, strict=True):
+            assert event.start is None or event.corner == corner_of(*event.start, *shot.latents.shape[1:3])
+            assert (event.start is None) == (event.corner is None)
 
 
 def test_vocabulary_is_small():

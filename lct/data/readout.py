@@ -22,6 +22,7 @@ from lct.data.toy import (
     SHAPES,
     TEXTURES,
     ToyTruth,
+    corner_of,
     coverage,
     paint,
     place_pattern,
@@ -39,8 +40,8 @@ CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0}
 
 @dataclass(frozen=True)
 class ShotReading:
-    """What a shot shows. Where no character is visible, its colour, shape, texture and motion are None;
-    motion also if T = 1.
+    """What a shot shows. Where no character is visible, its colour, shape, texture, motion and corner
+    are None; motion also if T = 1.
 
     character_rgb, background_rgb  float [3] in [0, 1]
     """
@@ -50,6 +51,7 @@ class ShotReading:
     shape: str | None
     texture: str | None
     motion: str | None
+    corner: str | None
     framing: str
     light: str
     place: str
@@ -84,7 +86,7 @@ def read_shot(frames: np.ndarray) -> ShotReading:
 
     distance = _distance(ground, place, rgb, top, height)
     strength = _strength(distance)
-    nobody = ShotReading(False, None, None, None, None, ESTABLISHING, light, place, rgb)
+    nobody = ShotReading(False, None, None, None, None, None, ESTABLISHING, light, place, rgb)
     if strength < VISIBLE:
         return nobody
     centroids = _centroids(np.clip((distance / strength - 0.25) / 0.5, 0, 1))
@@ -92,7 +94,9 @@ def read_shot(frames: np.ndarray) -> ShotReading:
     framing, shape, texture, colour = _fit(ground, empty_ground, centroids, unit(height, width))
     if colour_error(colour, rgb) < VISIBLE:
         return nobody
-    return ShotReading(True, colour, shape, texture, _motion(centroids), framing, light, place, rgb)
+    y, x = centroids[0] - _centre(shape, framing, unit(height, width))
+    corner = corner_of(top + y, x, height, width)
+    return ShotReading(True, colour, shape, texture, _motion(centroids), corner, framing, light, place, rgb)
 
 
 def _background(ground: np.ndarray, where: np.ndarray, top: int, height: int) -> tuple[str, np.ndarray]:
@@ -144,18 +148,23 @@ def _fit(ground: np.ndarray, empty: np.ndarray, centroids: np.ndarray, pixels: f
     pixels     of this frame size to one of a 16 x 16 frame
     """
     best: tuple = (np.inf,)
-    for (framing, size), shape in product(RADIUS.items(), SHAPES):
-        centres = centroids - [CENTROIDS[shape] * size * pixels, 0]
-        sharp = np.stack(coverage(shape, centres, size * pixels, *ground.shape[1:3]))
+    for framing, shape in product(RADIUS, SHAPES):
+        centres, radius = centroids - _centre(shape, framing, pixels), RADIUS[framing] * pixels
+        sharp = np.stack(coverage(shape, centres, radius, *ground.shape[1:3]))
         for (cover, stripe), texture in product((sharp, _soften(sharp)), TEXTURES):
             painted = ground - empty * (1 - cover)[..., None]
             shown = paint(cover, stripe, texture)
             misfit = np.square(painted - shown[..., None] * _colour(painted, shown, shown)).sum()
             if misfit < best[0]:
                 # Edges are where generated frames are least sure, so the colour is taken from the pixels well inside.
-                inner, _ = coverage(shape, centres, CORE * size * pixels, *ground.shape[1:3])
+                inner, _ = coverage(shape, centres, CORE * radius, *ground.shape[1:3])
                 best = misfit, framing, shape, texture, _colour(painted, shown, shown * inner)
     return best[1:]
+
+
+def _centre(shape: str, framing: str, pixels: float) -> np.ndarray:
+    """(y, x) from a shape's centre to its centroid, in pixels."""
+    return np.array([CENTROIDS[shape] * RADIUS[framing] * pixels, 0])
 
 
 def _soften(cover: np.ndarray) -> np.ndarray:
@@ -189,8 +198,8 @@ def score_shots(shots: Sequence[np.ndarray], truth: ToyTruth) -> list[dict[str, 
     """Compare shots (frames [T, H, W, 3] in [0, 1]) with what they ought to show, one dict per shot.
 
     colour_error, background_error  RGB distances to the truth; a missing character counts with the background's colour
-    visible, shape, texture, motion, light, framing, place  1.0 where right, else 0.0
-    NaN where the truth defines none: colour, shape, texture and motion of an establishing shot, motion where T = 1.
+    visible, shape, texture, motion, corner, light, framing, place  1.0 where right, else 0.0
+    NaN where the truth defines none: all that is a character's in an establishing shot, motion where T = 1.
     """
     if len(shots) > len(truth.shots):
         raise ValueError(f"shots: expected at most {len(truth.shots)}, as in the truth, got {len(shots)}")
@@ -209,6 +218,7 @@ def _score(frames: np.ndarray, truth: ToyTruth, index: int) -> dict[str, float]:
         "shape": np.nan,
         "texture": np.nan,
         "motion": np.nan,
+        "corner": np.nan,
     }
     if want.who is not None:
         who = truth.characters[want.who]
@@ -216,6 +226,7 @@ def _score(frames: np.ndarray, truth: ToyTruth, index: int) -> dict[str, float]:
         scores["colour_error"] = colour_error(seen, who.rgb)
         scores["shape"] = float(got.shape == who.shape)
         scores["texture"] = float(got.texture == who.texture)
+        scores["corner"] = float(got.corner == want.corner)
         if len(frames) > 1:
             scores["motion"] = float(got.motion == want.motion)
     return scores

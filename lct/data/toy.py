@@ -1,9 +1,9 @@
 """Toy scenes with known truth: hidden identities that persist through a scene and are never named in its text.
 
 A scene's characters (hue, shape, texture) and its background hue are drawn once and stand in no prompt, so that a shot
-can show them rightly only by looking at the other shots. Who, motion, framing and place of a shot stand in its own
-prompt. The light stands only in the global prompt, or in the shot's own prompt where a single shot has no global one
-(§ 3.2.1).
+can show them rightly only by looking at the other shots. Who, where in the frame, motion, framing and place of a shot
+stand in its own prompt. The light stands only in the global prompt, or in the shot's own prompt where a single shot has
+no global one (§ 3.2.1).
 Positions and radii are in pixels of the scene's own size; `scale` renders the same geometry with finer pixels.
 """
 
@@ -47,7 +47,7 @@ EVALUATION = 0x4C43_5445
 class ToyConfig:
     """How hard the scenes are: what there is to remember, and how much the shots vary in size and place.
 
-    grid  characters start on multiples of so many pixels; 0: anywhere
+    grid  characters start in the middle of squares of so many pixels; 0: anywhere
     """
 
     characters: int = 1
@@ -79,10 +79,11 @@ class Character:
 
 @dataclass(frozen=True)
 class ShotTruth:
-    """What one shot shows. An establishing shot has no character: `who`, `motion` and `start` are None.
+    """What one shot shows. An establishing shot has no character: `who`, `motion`, `start` and `corner` are None.
 
-    who    index into the scene's characters
-    start  (y, x) of the character's centre in the first frame, in pixels
+    who     index into the scene's characters
+    start   (y, x) of the character's centre in the first frame, in pixels
+    corner  the quarter of the frame that it lies in
     """
 
     who: int | None
@@ -90,6 +91,7 @@ class ShotTruth:
     framing: str
     place: str
     start: tuple[float, float] | None
+    corner: str | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ def sky_rows(height: int) -> int:
 def unit(height: int, width: int) -> float:
     """Pixels of this frame size to one pixel of a 16 x 16 frame."""
     return min(height - sky_rows(height), width) / AREA
+
+
+def corner_of(y: float, x: float, height: int, width: int) -> str:
+    """The quarter of the frame that a point lies in; one on a middle line counts to the bottom or the right."""
+    return f"{'top' if y < height / 2 else 'bottom'} {'left' if x < width / 2 else 'right'}"
 
 
 def step(framing: str, frames: int, height: int, width: int) -> float:
@@ -230,7 +237,7 @@ def to_frames(latents: np.ndarray) -> np.ndarray:
 def _shot_text(shot: ShotTruth) -> str:
     if shot.who is None:
         return f"{shot.framing} of the {shot.place}"
-    return f"{shot.framing} of Character {shot.who + 1} moving {shot.motion} {PLACES[shot.place]}"
+    return f"{shot.framing} of Character {shot.who + 1}, {shot.corner}, moving {shot.motion} {PLACES[shot.place]}"
 
 
 def _global_text(truth: ToyTruth) -> str:
@@ -320,7 +327,7 @@ class ToyScenes:
         place = _choose(rng, list(PLACES))
         if framing is None:
             if rng.random() < self.config.establishing:
-                return ShotTruth(None, None, ESTABLISHING, place, None)
+                return ShotTruth(None, None, ESTABLISHING, place, None, None)
             framing = _choose(rng, list(RADIUS))
         if who is None:
             who = int(rng.integers(self.config.characters))
@@ -328,14 +335,14 @@ class ToyScenes:
         travel = (frames - 1) * step(framing, frames, *size) * np.asarray(MOTIONS[motion])
         low, high = _room(framing, size)
         start = self._place(rng, low + np.maximum(-travel, 0), high - np.maximum(travel, 0))
-        return ShotTruth(who, motion, framing, place, (float(start[0]), float(start[1])))
+        return ShotTruth(who, motion, framing, place, *_start(start, size))
 
     def _place(self, rng: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """A point (y, x) between low and high, on the grid where it has points there."""
+        """A point (y, x) between low and high, in the middle of a square of the grid where one lies there."""
         point, grid = rng.uniform(low, high), self.config.grid
         if not grid:
             return point
-        on_grid = np.clip(np.round(point / grid), np.ceil(low / grid), np.floor(high / grid)) * grid
+        on_grid = (np.clip(np.floor(point / grid), np.ceil(low / grid - 0.5), np.floor(high / grid - 0.5)) + 0.5) * grid
         return np.where((low <= on_grid) & (on_grid <= high), on_grid, point)
 
     def _long_shot(self, rng: np.random.Generator, frames: int, shots: int, size) -> tuple[ShotTruth, ...]:
@@ -350,8 +357,7 @@ class ToyScenes:
         events = []
         for axis in rng.integers(2, size=shots):
             motion = (("down", "up"), ("right", "left"))[axis][far[axis]]
-            start = corner + edge * far
-            events.append(ShotTruth(who, motion, framing, place, (float(start[0]), float(start[1]))))
+            events.append(ShotTruth(who, motion, framing, place, *_start(corner + edge * far, size)))
             far[axis] = 1 - far[axis]
         return tuple(events)
 
@@ -371,6 +377,11 @@ class ToyScenes:
 def _check_shots(shots: int) -> None:
     if not 1 <= shots <= MAX_SHOTS:
         raise ValueError(f"shots: expected 1 to {MAX_SHOTS}, got {shots}")
+
+
+def _start(point: np.ndarray, size: tuple[int, int]) -> tuple[tuple[float, float], str]:
+    y, x = float(point[0]), float(point[1])
+    return (y, x), corner_of(y, x, *size)
 
 
 def _room(framing: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

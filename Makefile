@@ -27,7 +27,7 @@ lint: .venv/ready-to-test
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python --level error lct
 
-# The single-shot model that the stages of `make demo` start from: about 11 minutes on two cores.
+# The single-shot model that the stages of `make demo` start from: about 25 minutes on two cores.
 pretrained: .venv/ready
 	$(BIN)/lct train tiny_pretrain --out runs/tiny_pretrain --share lct/assets/tiny_pretrained.safetensors
 

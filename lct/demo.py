@@ -30,7 +30,7 @@ from lct.train.trainer import Trainer
 SHOTS = 4
 SHOWN = 3  # scenes on the contact sheet
 PIXEL = 8  # film pixels per toy pixel
-SAMPLING = Sampling(steps=20, guidance=2.0, history_time=0.1)
+SAMPLING = Sampling(steps=20, guidance=1.5, history_time=0.1)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
+from provenance import provenance
 
 from lct.data.batch import pack
 from lct.data.ingest import ingest
@@ -99,8 +99,7 @@ def main(options: Options) -> dict:
         "before": before,
         "after": after,
         "ratio": after["all"] / before["all"],
-        "context_gain": after["last_isolated"] / after["last_with_context"],
-        "torch": torch.__version__,
+        **provenance(),
     }
     print(
         f"loss on fixed draws {before['all']:.3f} before, {after['all']:.3f} after ({record['ratio']:.2f}x); last shot "

@@ -9,7 +9,6 @@ timed. FLOPs are counted by the model over visible pairs. The last line is one J
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from provenance import provenance
 
 from lct.layout import SceneLayout, Shot
 from lct.model.config import tiny
@@ -70,7 +70,7 @@ def main(options: Options) -> dict:
 
     (_, a), (_, b) = run(True), run(False)
     apart = max((x - y).square().mean().sqrt().item() for x, y in zip(a, b, strict=True))
-    if apart > 1e-4:
+    if apart > 1e-5:
         raise SystemExit(f"cached and recomputed scenes differ by rms {apart:.2g}; nothing is timed")
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(options.repeats):
@@ -90,9 +90,7 @@ def main(options: Options) -> dict:
         "predicted_ratio": round(predicted, 3),
         "share_of_prediction": round(measured / predicted, 3),
         "rms_difference": apart,
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **provenance(),
     }
     print(
         f"{options.shots} shots: cached {cached_s:.2f} s, recomputed {recomputed_s:.2f} s, {measured:.2f} times faster;"

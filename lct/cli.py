@@ -95,7 +95,7 @@ def sample(
 
     Args:
         scene: A scene.toml, or its folder.
-        weights: A .safetensors file or a checkpoint folder.
+        weights: A .safetensors file, a checkpoint folder, or asset:tiny_pretrained.
         out: New folder for latents, one mp4 a shot and a contact sheet; SCENE-sample by default.
         mode: Shot by shot over the history, or all shots together; by default as the weights were trained.
         steps: Denoising steps.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lct.data.batch import Packed
 from lct.data.latents import unpatchify
-from lct.data.readout import colour_error, hue_spread, read_shot, score_shots
+from lct.data.readout import character_distance, colour_error, hue_spread, read_shot, score_shots
 from lct.data.scenes import SceneSample
 from lct.data.toy import ToyScenes, to_frames
 from lct.model.flow import noised, shot_losses
@@ -82,32 +82,32 @@ def _frames(rows: Tensor, video: tuple[int, int, int], patch: tuple[int, int, in
 
 
 def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str, Mean95 | list[Mean95]]:
-    """Means over scenes with 95 % intervals.
+    """Means over scenes with 95 % intervals, of the shots after the first.
 
-    colour            distance of a shot's character colour from what its scene fixes: the truth where the first shot is
-                      given, else the scene's own first shot; `colour_by_shot` the same shot by shot
-    background        the same of the background's colour
-    shape, motion, corner, light, framing, place   share of shots that are right; shape against the same standard as colour
-    hue_spread        1 − |mean of exp(2πi·hue)| over scenes; `hue_spread_truth` the truth's
+    colour        distance of a shot's character colour from what its scene fixes: its own first shot in joint mode,
+                  else the truth, which a given first shot shows; `colour_by_shot` the same shot by shot. A character
+                  missing on either side counts as far as a random one
+    background    the same of the background's colour
+    shape         share of shots whose shape is the one that the scene fixes
+    visible, motion, corner, light, framing, place   share of shots, the first included unless given, that are right
+    hue_spread    1 − |mean of exp(2πi·hue)| over the visible characters of the second shots; `hue_spread_truth` the
+                  truth's
     """
-    skip = 1
     errors, backgrounds, shapes = [], [], []
-    rights: dict[str, list[float]] = {key: [] for key in ("motion", "corner", "light", "framing", "place")}
+    rights: dict[str, list[float]] = {k: [] for k in ("visible", "motion", "corner", "light", "framing", "place")}
     hues = []
     for scene, sample in zip(frames, samples, strict=True):
-        readings = [read_shot(shot) for shot in scene]
-        colours = [r.background_rgb if r.character_rgb is None else r.character_rgb for r in readings]
-        first = readings[0]
+        first, *later = (read_shot(shot) for shot in scene)
+        who = sample.truth.characters[sample.truth.shots[0].who]
         if mode == "joint":
-            colour, background, shape = colours[0], first.background_rgb, first.shape
+            colour, background, shape = first.character_rgb, first.background_rgb, first.shape
         else:
-            who = sample.truth.characters[sample.truth.shots[0].who]
             colour, background, shape = who.rgb, sample.truth.background_rgb, who.shape
-        errors.append([colour_error(c, colour) for c in colours[skip:]])
-        backgrounds.append(np.mean([colour_error(r.background_rgb, background) for r in readings[skip:]]))
-        shapes.append(np.mean([r.shape == shape for r in readings[skip:]]))
-        hues.append(colours[skip])
-        scores = score_shots(scene, sample.truth)[skip if mode == "auto-regressive" else 0 :]
+        errors.append([character_distance(r.character_rgb, colour) for r in later])
+        backgrounds.append(np.mean([colour_error(r.background_rgb, background) for r in later]))
+        shapes.append(np.mean([shape is not None and r.shape == shape for r in later]))
+        hues += [r.character_rgb for r in later[:1] if r.character_rgb is not None]
+        scores = score_shots(scene, sample.truth)[1 if mode == "auto-regressive" else 0 :]
         for key, values in rights.items():
             values.append(float(np.nanmean([s[key] for s in scores])))
     return {
@@ -116,7 +116,7 @@ def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str
         "background": Mean95.of(backgrounds),
         "shape": Mean95.of(shapes),
         **{key: Mean95.of(values) for key, values in rights.items()},
-        "hue_spread": Mean95(hue_spread(hues), float("nan")),
+        "hue_spread": Mean95(hue_spread(hues) if hues else 0.0, float("nan")),
         "hue_spread_truth": Mean95(
             hue_spread([s.truth.characters[s.truth.shots[0].who].rgb for s in samples]), float("nan")
         ),
@@ -131,13 +131,14 @@ def fixed_losses(
 
     times  row i gives each shot's t; noise i depends on `seed` and i alone
     """
-    geometry = packed.layout.geometry(model.video_out.weight.device, text_scale)
-    text = model.encoder(packed.ids, packed.places)
-    shot, is_shot = geometry.streams.video_shot, packed.is_shot
-    total = torch.zeros(len(is_shot))
+    device = model.video_out.weight.device
+    geometry = packed.layout.geometry(device, text_scale)
+    text = model.encoder(packed.ids.to(device), packed.places.to(device))
+    shot, is_shot, latents = geometry.streams.video_shot, packed.is_shot.to(device), packed.latents.to(device)
+    total = torch.zeros(len(is_shot), device=device)
     for i, row in enumerate(times):
-        t = torch.where(is_shot, torch.tensor(row, dtype=torch.float32), 0.0)
-        noise = torch.randn(packed.latents.shape, generator=torch.Generator().manual_seed(1000 * seed + i))
-        flow = noised(packed.latents, noise, t[shot])
+        t = torch.where(is_shot, torch.tensor(row, dtype=torch.float32, device=device), 0.0)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1000 * seed + i)).to(device)
+        flow = noised(latents, noise, t[shot])
         total += shot_losses(model(flow.z_t, text, t, geometry), flow.target, shot, len(is_shot))
     return torch.where(is_shot, total / len(times), torch.nan).tolist()

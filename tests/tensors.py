@@ -7,10 +7,10 @@ import torch
 from numerics import compare
 from torch import Tensor
 
-from lct.kernels import NormRope, attention
+from lct.kernels import NormRope, attention, select
 from lct.layout import SceneLayout, Shot
 
-IMPLS = ("reference", "sdpa")
+IMPLS = tuple(select.ATTENTION)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 

@@ -379,6 +379,9 @@ def test_sample_wants_a_scene_a_new_folder_and_weights(refused, scene, weights, 
         ("--steps=0", "steps: expected at least 1, got 0"),
         ("--fps=0", "fps: expected a positive number"),
         ("--guidance=nan", "guidance: expected a finite number"),
+        ("--dtype=bf16", "dtype: expected one of ('float32', 'bfloat16'"),
+        ("--dtype=nn", "dtype: expected one of"),
+        ("--device=tpu", "device: expected one of ['cpu'"),
     ):
         assert said in refused("sample", folder, "--weights", weights, option)
 

@@ -24,6 +24,7 @@ FRAMES = 4  # of the further shot
 
 def bench_film():
     """bench/film.py as a module; bench is no package, and tests/ has a film.py of its own."""
+    sys.path.append(str(Path(__file__).parents[1] / "bench"))  # what it imports beside itself
     spec = importlib.util.spec_from_file_location("bench_film", Path(__file__).parents[1] / "bench" / "film.py")
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

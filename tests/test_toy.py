@@ -10,7 +10,7 @@ import pytest
 
 import lct.data.readout
 import lct.data.toy
-from lct.data.readout import colour_error, hue, hue_spread, read_shot, score_shots
+from lct.data.readout import CHANCE, colour_error, hue, hue_spread, read_shot, score_shots
 from lct.data.toy import (
     KINDS,
     LIGHT_WORDS,
@@ -118,7 +118,7 @@ def test_scores_tell_wrong_from_right():
     assert np.allclose([score["colour_error"] for score in wrong], apart, atol=0.05)
     empty = score_shots([np.full((3, 16, 16, 3), 0.4)], scene.truth)[0]
     assert empty["visible"] == empty["shape"] == empty["motion"] == empty["corner"] == empty["framing"] == 0
-    assert empty["colour_error"] > 0.3
+    assert empty["colour_error"] == CHANCE
     with pytest.raises(ValueError, match="shots: expected at most"):
         score_shots([np.zeros((3, 16, 16, 3))] * 10, scenes[0].truth)
 
@@ -127,7 +127,7 @@ def test_chance_level():
     rgbs = [scene.truth.characters[0].rgb for scene in draw(count=600)]
     chance = np.mean([colour_error(a, b) for a, b in zip(rgbs[::2], rgbs[1::2], strict=True)])
     print("chance colour error", chance)
-    assert 0.8 < chance < 0.9
+    assert chance == pytest.approx(CHANCE, abs=0.03)
 
 
 def test_hue_spread_sees_collapse():

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from lct.data.batch import draw_batch, pack
+from lct.data.batch import _substituted, draw_batch, pack
 from lct.data.toy import ToyScenes
 from lct.model.config import tiny
 from lct.model.flow import noised, shift_time, shot_losses, shot_shift
 from lct.model.mmdit import MMDiT
 from lct.train.checkpoint import checkpoints, latest, load_model, load_weights, save_weights, verify
 from lct.train.config import TrainConfig
-from lct.train.runs import RUNS, paper_lct, paper_lct_causal, run, tiny_lct
+from lct.train.runs import PRETRAINED, RUNS, paper_lct, paper_lct_causal, run, tiny_lct, tiny_pretrain
 from lct.train.trainer import Trainer, batch_loss
 
 PATCH = tiny().patch
@@ -99,7 +99,10 @@ def test_dropped_prompts_are_the_null_prompt_and_images_are_frames_of_their_shot
     assert all(shot.text == 1 for shot in all_dropped.layout.shots)
     assert all(shot.video == (1, 4, 4) for shot in all_dropped.layout.shots if shot.role == "shot")
     sample = ToyScenes().sample("cut", np.random.default_rng(0))
-    assert any(np.array_equal(sample.shots[0].images[i], frame) for i in range(3) for frame in sample.shots[0].latents)
+    stills = tuple(replace(shot, images=shot.latents[:2] + 2) for shot in sample.shots)  # encoded apart from the clip
+    substituted = _substituted(replace(sample, shots=stills), 1.0, np.random.default_rng(0))
+    for shot, still in zip(substituted.shots, stills, strict=True):
+        assert any(np.array_equal(shot.latents, image[None]) for image in still.images)
 
 
 def test_the_dummy_video_of_a_global_prompt_is_zero_and_has_no_loss():
@@ -329,3 +332,17 @@ def test_a_run_says_before_training_what_its_scenes_lack(tmp_path):
         Trainer(small(data=folder), tmp_path / "out")
     with pytest.raises(ValueError, match="expected a scene of 2 shots with cuts for kind 'cut'"):
         Trainer(small(data=replace(folder, cut=1.0)), tmp_path / "out")
+
+
+def test_the_committed_weights_are_those_of_the_run_that_makes_them():
+    """Changing the tiny model or its run without `make pretrained` leaves weights that say they are something else."""
+    weights, config = load_weights(PRETRAINED)
+    assert config == tiny_pretrain()
+    assert {name: w.shape for name, w in weights.items()} == {n: w.shape for n, w in MMDiT(tiny()).state_dict().items()}
+    assert sum(w.numel() * w.element_size() for w in weights.values()) <= 4 * 2**20
+
+
+def test_a_run_does_not_begin_anew_over_checkpoints(tmp_path):
+    Trainer(small(steps=3), tmp_path).run()
+    with pytest.raises(ValueError, match="holds checkpoints; resume"):
+        Trainer(small(steps=3), tmp_path).run()

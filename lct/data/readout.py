@@ -34,6 +34,8 @@ from lct.data.toy import (
 VISIBLE = 0.3
 # A character's colour is read from the pixels within this part of its radius.
 CORE = 0.6
+# The mean distance of two random characters' colours; a missing character is as far as that from any.
+CHANCE = 0.85
 # How far below its centre a shape's centroid lies, in radii.
 CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0}
 
@@ -180,8 +182,13 @@ def _colour(painted: np.ndarray, shown: np.ndarray, weight: np.ndarray) -> np.nd
 
 
 def colour_error(a: ArrayLike, b: ArrayLike) -> float:
-    """Euclidean distance of two colours [3] in RGB: 0 for the same, about 0.85 for two random characters."""
+    """Euclidean distance of two colours [3] in RGB: 0 for the same, CHANCE on average for two random characters."""
     return float(np.linalg.norm(np.asarray(a, float) - np.asarray(b, float)))
+
+
+def character_distance(a: ArrayLike | None, b: ArrayLike | None) -> float:
+    """`colour_error` of two characters; CHANCE where one of them is missing (None)."""
+    return CHANCE if a is None or b is None else colour_error(a, b)
 
 
 def hue(rgb: ArrayLike) -> float:
@@ -197,7 +204,7 @@ def hue_spread(rgbs: Sequence[ArrayLike]) -> float:
 def score_shots(shots: Sequence[np.ndarray], truth: ToyTruth) -> list[dict[str, float]]:
     """Compare shots (frames [T, H, W, 3] in [0, 1]) with what they ought to show, one dict per shot.
 
-    colour_error, background_error  RGB distances to the truth; a missing character counts with the background's colour
+    colour_error, background_error  RGB distances to the truth; a missing character's is CHANCE
     visible, shape, texture, motion, corner, light, framing, place  1.0 where right, else 0.0
     NaN where the truth defines none: all that is a character's in an establishing shot, motion where T = 1.
     """
@@ -222,8 +229,7 @@ def _score(frames: np.ndarray, truth: ToyTruth, index: int) -> dict[str, float]:
     }
     if want.who is not None:
         who = truth.characters[want.who]
-        seen = got.character_rgb if got.character_rgb is not None else got.background_rgb
-        scores["colour_error"] = colour_error(seen, who.rgb)
+        scores["colour_error"] = character_distance(got.character_rgb, who.rgb)
         scores["shape"] = float(got.shape == who.shape)
         scores["texture"] = float(got.texture == who.texture)
         scores["corner"] = float(got.corner == want.corner)

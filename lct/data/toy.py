@@ -47,7 +47,7 @@ EVALUATION = 0x4C43_5445
 class ToyConfig:
     """How hard the scenes are: what there is to remember, and how much the shots vary in size and place.
 
-    grid  characters start in the middle of squares of so many pixels; 0: anywhere
+    grid  characters start in the middle of squares of so many pixels where one is within reach; 0: anywhere
     """
 
     characters: int = 1
@@ -335,7 +335,7 @@ class ToyScenes:
         travel = (frames - 1) * step(framing, frames, *size) * np.asarray(MOTIONS[motion])
         low, high = _room(framing, size)
         start = self._place(rng, low + np.maximum(-travel, 0), high - np.maximum(travel, 0))
-        return ShotTruth(who, motion, framing, place, *_start(start, size))
+        return _event(who, motion, framing, place, start, size)
 
     def _place(self, rng: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """A point (y, x) between low and high, in the middle of a square of the grid where one lies there."""
@@ -352,12 +352,12 @@ class ToyScenes:
         framing = _choose(rng, list(RADIUS))
         low, high = _room(framing, size)
         edge = frames * step(framing, frames, *size)
-        corner = self._place(rng, low, np.maximum(high - edge, low))
+        square = self._place(rng, low, np.maximum(high - edge, low))
         far = rng.integers(2, size=2)
         events = []
         for axis in rng.integers(2, size=shots):
             motion = (("down", "up"), ("right", "left"))[axis][far[axis]]
-            events.append(ShotTruth(who, motion, framing, place, *_start(corner + edge * far, size)))
+            events.append(_event(who, motion, framing, place, square + edge * far, size))
             far[axis] = 1 - far[axis]
         return tuple(events)
 
@@ -379,9 +379,9 @@ def _check_shots(shots: int) -> None:
         raise ValueError(f"shots: expected 1 to {MAX_SHOTS}, got {shots}")
 
 
-def _start(point: np.ndarray, size: tuple[int, int]) -> tuple[tuple[float, float], str]:
-    y, x = float(point[0]), float(point[1])
-    return (y, x), corner_of(y, x, *size)
+def _event(who: int, motion: str, framing: str, place: str, start: np.ndarray, size: tuple[int, int]) -> ShotTruth:
+    y, x = float(start[0]), float(start[1])
+    return ShotTruth(who, motion, framing, place, (y, x), corner_of(y, x, *size))
 
 
 def _room(framing: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from lct.data.latents import patchify, size_in_patches
 from lct.data.scenes import SceneSample, shot_prompt
 from lct.kernels.reference import statistics_dtype
 from lct.layout import GLOBAL_VIDEO, Shot
+from lct.model.config import COMPUTE_DTYPES
 from lct.model.flow import shift_time, shot_shift
 from lct.model.mmdit import MMDiT
 
@@ -92,8 +93,14 @@ class Sampling:
     dtype: str | None = None
 
     def __post_init__(self):
-        if not self.shift > 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"shift: expected a number above 0, got {self.shift}")
+        if self.shift_rows < 0:
+            raise ValueError(f"shift_rows: expected 0 or more, got {self.shift_rows}")
+        if not 0 <= self.text_scale < math.inf:
+            raise ValueError(f"text_scale: expected a number of at least 0, got {self.text_scale}")
+        if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"dtype: expected one of {COMPUTE_DTYPES}, got {self.dtype!r}")
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         if not math.isfinite(self.guidance):

@@ -120,8 +120,19 @@ def load_config(folder: Path) -> TrainConfig:
     return TrainConfig.from_dict(json.loads((folder / "config.json").read_text()))
 
 
+def available(device: str | torch.device) -> torch.device:
+    """The device, or a ValueError that says what there is."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"device: expected one of {there}, got {device!r} ({str(error).splitlines()[0]})") from None
+    return torch.device(device)
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[MMDiT, TrainConfig]:
     """A model ready to sample from, and the configuration it was trained with; see `load_weights`."""
+    device = available(device)
     weights, config = load_weights(path)
     model = MMDiT(config.model)
     assign_weights(model, weights, path)

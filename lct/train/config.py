@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lct.layout import VISIBILITIES
-from lct.model.config import ModelConfig
-
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+from lct.model.config import COMPUTE_DTYPES, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     init: str | None
-    """Weights to start from: a .safetensors file or a checkpoint folder; None for new ones."""
+    """Weights to start from: a .safetensors file, a checkpoint folder or "asset:NAME" of this package; None: new."""
     visibility: str
     """"bidirectional" for LCT (§ 3.2.2), "context_causal" for the tuning after it (§ 3.3)."""
     text_scale: float
@@ -58,7 +56,7 @@ class TrainConfig:
     warmup: int
     """Steps of linear warm-up."""
     lr_end: float
-    """Learning rate of the last step, as a part of `lr`; the decay is linear."""
+    """Where the linear decay of the learning rate ends, as a part of `lr`."""
     betas: tuple[float, float]
     weight_decay: float
     clip: float

@@ -21,6 +21,7 @@ from lct.model.flow import logit_normal, noised, shift_time, shot_losses, shot_s
 from lct.model.mmdit import MMDiT
 from lct.train.checkpoint import (
     assign_weights,
+    available,
     checkpoints,
     latest,
     load_config,
@@ -86,7 +87,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, out: str | Path, device: str = "cpu", impl: str = "auto"):
         if not config.model.vocabulary:
             raise ValueError(f"run {config.name}: its text features come from outside, and no encoder is wired in yet")
-        self.config, self.out, self.device, self.impl = config, Path(out), _available(device), impl
+        self.config, self.out, self.device, self.impl = config, Path(out), available(device), impl
         self.dataset = dataset(config)
         torch.manual_seed(config.seed)
         self.model = MMDiT(config.model).to(device)
@@ -137,7 +138,12 @@ class Trainer:
         )
 
     def run(self, progress=None) -> Path:
-        """Train to the end, logging each step and saving as configured; returns the last checkpoint."""
+        """Train to the end, logging each step and saving as configured; returns the last checkpoint.
+
+        Raises ValueError where the folder holds another run's checkpoints: those are resumed or left alone.
+        """
+        if self.step == 0 and checkpoints(self.out):
+            raise ValueError(f"{self.out}: holds checkpoints; resume() goes on from them, or choose another folder")
         while self.step < self.config.steps:
             record = self.train_step()
             self.out.mkdir(parents=True, exist_ok=True)
@@ -177,23 +183,13 @@ class Trainer:
         self.ema.n_averaged.copy_(state.pop("n_averaged"))
         for name, parameter in self.model.named_parameters():
             self.optimizer.state[parameter] = {
-                key: state[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device)
+                key: state[f"{name}.{key}"].to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{name}.{key}" in state
             }
         self.step = manifest["step"]
         _trim_log(log, self.step)
         return True
-
-
-def _available(device: str) -> torch.device:
-    """The device, or a ValueError that says what there is."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"device: expected one of {there}, got {device!r} ({str(error).splitlines()[0]})") from None
-    return torch.device(device)
 
 
 def _check_same(saved: TrainConfig, current: TrainConfig, folder: Path) -> None:

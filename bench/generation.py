@@ -29,7 +29,7 @@ class Options:
     shots: int = 9
     video: tuple[int, int, int] = (4, 8, 8)
     """Patches of each shot."""
-    steps: int = 4
+    steps: int = 6
     """Denoising steps a shot."""
     repeats: int = 5
     out: Path | None = None

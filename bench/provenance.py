@@ -14,14 +14,26 @@ ROOT = Path(__file__).parents[1]
 
 def provenance() -> dict:
     """What every record of this folder states about itself."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
+        "command": " ".join(["python", *(_relative(argument) for argument in sys.argv)]),
+        "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
         "device": _cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def _relative(argument: str) -> str:
+    """Paths as seen from the repository; of others, the name alone."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def _cpu() -> str:

@@ -1,6 +1,7 @@
 """Flow, batches, the loop, checkpoints: identities of the path, purity of the draws, bitwise resume, damage named."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -281,11 +282,7 @@ def test_no_two_toy_words_share_a_bucket():
 
 def _words(sample):
     prompts = [sample.global_prompt, *(shot.prompt for shot in sample.shots)]
-    return {
-        word.lower()
-        for prompt in prompts
-        for word in prompt.replace("-", " ").replace(".", "").replace(":", "").split()
-    }
+    return {word.lower() for prompt in prompts for word in re.findall(r"\w+", prompt)}
 
 
 def test_a_changed_manifest_is_noticed(trained):

@@ -1,7 +1,13 @@
 """Settings shared by all tests: reproducible hypothesis runs, and GPU tests that skip where there is no GPU."""
 
+import os
+
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # Triton reads it at its first import
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
@@ -12,8 +18,6 @@ def pytest_collection_modifyitems(items):
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
-    import torch  # here because it takes seconds, and most selections of tests need no torch
-
     if torch.cuda.is_available():
         return
     for item in gpu_tests:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import oracle
+import pytest
 import torch
 from numerics import compare
 from torch import Tensor
@@ -42,6 +43,12 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def skip_unless_able(operation, impl, *tensors):
+    """Skip a test of an implementation that says why it does not take such tensors."""
+    if impl in operation and (against := operation[impl].reasons(*tensors)):
+        pytest.skip(f"{impl}: {'; '.join(against)}")
+
+
 def same_bytes(a, b):
     """Equal bit for bit, NaN included."""
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
@@ -66,6 +73,7 @@ class Inputs(NamedTuple):
 
     def run(self, plan, **options):
         """(out, lse, dq, dk, dv) of the public function, with gradients through both results."""
+        skip_unless_able(select.ATTENTION, options.get("impl"), *self[:3])
         q, k, v = (x.detach().requires_grad_() for x in self[:3])
         out, lse = attention(q, k, v, plan, return_lse=True, **options)
         return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), (self.dout, self.dlse))

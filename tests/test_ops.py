@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from tensors import IMPLS, Inputs, Join, build, dtype_id, normal
+from tensors import IMPLS, Inputs, Join, build, dtype_id, normal, skip_unless_able
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from lct.kernels import NormRope, attention, norm_rope_join
+from lct.kernels import NormRope, attention, norm_rope_join, select
 
 ops = torch.ops.lct
 LAYOUT = build([[(3, (1, 1, 1), "global"), (4, (2, 2, 2), "shot"), (2, (1, 3, 3), "shot")]])
 SPEC = NormRope(4, (2, 4, 4))
-OPTIONS = (SPEC.heads, list(SPEC.axes), SPEC.theta, SPEC.eps, SPEC.scope)
+OPTIONS = (SPEC.heads, list(SPEC.axes), SPEC.theta, SPEC.eps, SPEC.scope, "reference")
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 strided = {  # the same values under strides that a fake must not copy by accident
@@ -83,7 +83,8 @@ def test_opcheck_norm_rope_append(stride, check):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_fake_stride_mismatch(impl, dtype, stride):
     plan = LAYOUT.plan()
-    q, k, v, dout, dlse = (stride(x) if x.ndim == 3 else x for x in Inputs.random(plan, dim=8, dtype=dtype))
+    q, k, v, dout, dlse = (stride(x) if x.ndim == 3 else x for x in Inputs.random(plan, dim=16, dtype=dtype))
+    skip_unless_able(select.ATTENTION, impl, q, k, v)
     tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
 
     def results(device):

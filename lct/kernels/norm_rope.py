@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lct.kernels import reference
+from lct.kernels import reference, select
 from lct.layout import Streams
 
 Weights = tuple[Tensor, Tensor]  # (q, k) norm weights of one stream
@@ -41,7 +41,7 @@ _ARGUMENTS = (
     "Tensor text_qkv, Tensor video_qkv, Tensor text_q_norm, Tensor text_k_norm, Tensor video_q_norm, "
     "Tensor video_k_norm, Tensor text_rows, Tensor video_rows, Tensor positions"
 )
-_OPTIONS = "int heads, int[] axes, float theta, float eps, str scope"
+_OPTIONS = "int heads, int[] axes, float theta, float eps, str scope, str impl"
 
 torch.library.define("lct::norm_rope_join", f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
@@ -55,19 +55,18 @@ torch.library.define(
 
 
 def _join(*arguments):
-    tensors, (positions, *options) = arguments[:8], arguments[8:]
-    return reference.norm_rope_join(_streams(tensors), positions, *options)
+    tensors, (positions, *options, impl) = arguments[:8], arguments[8:]
+    return select.NORM_ROPE[impl].norm_rope_join(_streams(tensors), positions, *options)
 
 
 def _join_backward(dq, dk, dv, *arguments):
-    tensors, (positions, *options) = arguments[:8], arguments[8:]
-    return reference.norm_rope_join_backward(dq, dk, dv, _streams(tensors), positions, *options)
+    tensors, (positions, *options, impl) = arguments[:8], arguments[8:]
+    return select.NORM_ROPE[impl].norm_rope_join_backward(dq, dk, dv, _streams(tensors), positions, *options)
 
 
 def _append(*arguments):
-    tensors, (positions, slots, k_cache, v_cache, *options) = arguments[:8], arguments[8:]
-    q, k_cache[slots], v_cache[slots] = reference.norm_rope_join(_streams(tensors), positions, *options)
-    return q
+    tensors, (*rest, impl) = arguments[:8], arguments[8:]
+    return select.NORM_ROPE[impl].norm_rope_append_(_streams(tensors), *rest)
 
 
 def _streams(tensors) -> tuple[reference.Stream, reference.Stream]:
@@ -110,7 +109,7 @@ class _NormRopeJoin(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):
         grads = torch.ops.lct.norm_rope_join_backward(dq, dk, dv, *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None, None, None, None, None, None
+        return *grads, *[None] * 9
 
 
 def norm_rope_join(
@@ -121,6 +120,7 @@ def norm_rope_join(
     streams: Streams,
     positions: Tensor,
     spec: NormRope,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k = RoPE(RMSNorm(·)), v unchanged; the two streams in, joint order out (§ 3.2.2, Fig. 3).
 
@@ -129,13 +129,14 @@ def norm_rope_join(
     streams                joint row of every stream row
     positions              float32 [S, 3], (t, y, x) of every joint row; text at (0, 0, 0) is left unrotated
     spec                   heads, axes, theta, eps, scope
+    impl                   "auto" or a name in `select.NORM_ROPE`; one that cannot run raises with its reasons
 
     Returns q [S, A, D], k and v [S, A_kv, D], new tensors. Differentiable in QKV and norm weights; deterministic.
     Norm statistics and rotation run in fp32 (fp64 for fp64). Raises ValueError or TypeError where shapes disagree.
     Defined by `reference.norm_rope_join`.
     """
     tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
-    return _NormRopeJoin.apply(*tensors, *options)
+    return _NormRopeJoin.apply(*tensors, *options, select.choose(select.NORM_ROPE, impl, video_qkv))
 
 
 def norm_rope_append_(
@@ -149,6 +150,7 @@ def norm_rope_append_(
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    impl: str = "auto",
 ) -> Tensor:
     """The same as `norm_rope_join`, with keys and values written into cache rows; returns q [S, A, D]. Inference only.
 
@@ -173,7 +175,8 @@ def norm_rope_append_(
         raise ValueError(f"slots: expected rows of a cache of {len(k_cache)}, got {slots.min()} to {slots.max()}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError("norm_rope_append_: inference only, its inputs require grad; call it under torch.no_grad()")
-    return torch.ops.lct.norm_rope_append_(*tensors, slots, k_cache, v_cache, *options)
+    name = select.choose(select.NORM_ROPE, impl, video_qkv)
+    return torch.ops.lct.norm_rope_append_(*tensors, slots, k_cache, v_cache, *options, name)
 
 
 def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec):

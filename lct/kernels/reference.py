@@ -15,7 +15,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+def reasons(*tensors: Tensor) -> list[str]:
     """It can take everything."""
     return []
 
@@ -206,6 +206,23 @@ def norm_rope_join(
             out[rows] = rotate(rms_norm(x, weight, eps, scope), turns[rows])
         v[rows] = parts[2]
     return q, k, v
+
+
+def norm_rope_append_(
+    streams: Sequence[Stream],
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    heads: int,
+    axes: Sequence[int],
+    theta: float,
+    eps: float,
+    scope: str,
+) -> Tensor:
+    """q of `norm_rope_join`; its k and v go into rows `slots` of the caches."""
+    q, k_cache[slots], v_cache[slots] = norm_rope_join(streams, positions, heads, axes, theta, eps, scope)
+    return q
 
 
 def norm_rope_join_backward(

@@ -3,28 +3,44 @@ implementation that is validated for the device and dtype. Nothing falls back in
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from lct.kernels import reference, sdpa
 
-# Fastest first. `reference` can do everything and stands last. Each module tells by `reasons` why it cannot take some
-# tensors, and by `validated` whether it has passed its tests on a kind of device.
-ATTENTION: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference}
+try:
+    from lct.kernels import triton_attention, triton_norm_rope
+except ImportError as error:
+    why = f"Triton does not import ({error}); pip install triton"
+    triton_attention = triton_norm_rope = SimpleNamespace(
+        reasons=lambda *tensors: [why], validated=lambda device, dtype: False
+    )
+
+# Per operation, fastest first. `reference` can do everything and stands last. Each module tells by `reasons` why it
+# cannot take some tensors, and by `validated` whether it has passed its tests on a kind of device.
+Implementations = dict[str, ModuleType | SimpleNamespace]
+ATTENTION: Implementations = {"triton": triton_attention, "sdpa": sdpa, "reference": reference}
+NORM_ROPE: Implementations = {"triton": triton_norm_rope, "reference": reference}
+NAMES = tuple(dict.fromkeys([*ATTENTION, *NORM_ROPE]))
 
 
-def choose(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The name of the implementation to run; ValueError names what stands against an explicit choice."""
-    if impl == "auto":
-        return next(n for n, m in ATTENTION.items() if m.validated(q.device, q.dtype) and not m.reasons(q, k, v))
-    if impl not in ATTENTION:
-        raise ValueError(f"impl: expected 'auto' or one of {tuple(ATTENTION)}, got {impl!r}")
-    against = ATTENTION[impl].reasons(q, k, v)
+def choose(operation: Implementations, impl: str, *tensors: Tensor) -> str:
+    """The name of the implementation to run; ValueError names what stands against an explicit choice.
+
+    One name is given for a whole model: an operation that has no implementation of that name ("sdpa" is one of
+    attention alone) takes what "auto" would.
+    """
+    if impl != "auto" and impl not in NAMES:
+        raise ValueError(f"impl: expected 'auto' or one of {NAMES}, got {impl!r}")
+    if impl not in operation:
+        device, dtype = tensors[0].device, tensors[0].dtype
+        return next(n for n, m in operation.items() if m.validated(device, dtype) and not m.reasons(*tensors))
+    against = operation[impl].reasons(*tensors)
     if against:
         raise ValueError(
-            f"impl={impl!r} cannot run: {'; '.join(against)}. Use impl='auto' or another of {tuple(ATTENTION)}"
+            f"impl={impl!r} cannot run: {'; '.join(against)}. Use impl='auto' or another of {tuple(operation)}"
         )
     return impl
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lct.kernels import triton_common
-from lct.kernels.triton_common import Rows, at, dense_channels, on
+from lct.kernels.triton_common import Rows, dense_channels, on
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -46,29 +46,37 @@ def _interval(table, run, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _tile(x, first, head, rows, channels):
+    """Addresses of a tile: its corner's offset in int64, those within it in 32 bits (see `_rows`)."""
+    corner = x.data + tl.cast(first, tl.int64) * x.row + tl.cast(head, tl.int64) * x.head
+    return corner + rows[:, None] * x.row + channels[None, :]
+
+
+@triton.jit
 def _load(x, box, first, head, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """BLOCK rows of one head, [BLOCK, padded D], through TMA where `box` is a descriptor. Channels from D on are 0;
     MASKED: rows from `end` on are 0 too, whatever they hold."""
     PADDED: tl.constexpr = triton.next_power_of_2(D)
-    rows, channels = first + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    rows, channels = tl.arange(0, BLOCK), tl.arange(0, PADDED)
     if box is not None:
         tile = tl.reshape(box.load([head, first, 0]), [BLOCK, PADDED])
         if MASKED:
-            tile = tl.where((rows < end)[:, None], tile, 0.0)
+            tile = tl.where((rows < end - first)[:, None], tile, 0.0)
     elif MASKED:
-        tile = tl.load(at(x, rows, head, channels), mask=(rows < end)[:, None] & (channels < D)[None, :], other=0.0)
+        shown = (rows < end - first)[:, None] & (channels < D)[None, :]
+        tile = tl.load(_tile(x, first, head, rows, channels), mask=shown, other=0.0)
     elif PADDED > D:
-        tile = tl.load(at(x, rows, head, channels), mask=(channels < D)[None, :], other=0.0)
+        tile = tl.load(_tile(x, first, head, rows, channels), mask=(channels < D)[None, :], other=0.0)
     else:
-        tile = tl.load(at(x, rows, head, channels))
+        tile = tl.load(_tile(x, first, head, rows, channels))
     return tile
 
 
 @triton.jit
 def _store(x, tile, first, head, end, BLOCK: tl.constexpr, D: tl.constexpr):
-    rows, channels = first + tl.arange(0, BLOCK), tl.arange(0, triton.next_power_of_2(D))
-    shown = (rows < end)[:, None] & (channels < D)[None, :]
-    tl.store(at(x, rows, head, channels), tile.to(x.data.dtype.element_ty), mask=shown)
+    rows, channels = tl.arange(0, BLOCK), tl.arange(0, triton.next_power_of_2(D))
+    shown = (rows < end - first)[:, None] & (channels < D)[None, :]
+    tl.store(_tile(x, first, head, rows, channels), tile.to(x.data.dtype.element_ty), mask=shown)
 
 
 @triton.jit
@@ -143,12 +151,18 @@ def delta_kernel(dout, out, dlse, delta, q_rows, D: tl.constexpr, M: tl.constexp
 
 
 @triton.jit
+def _probabilities(scores, lse, scale):
+    """exp(scale · scores − lse); the difference is taken before the change of base, which would round large values."""
+    return tl.exp2((scores * scale - lse) * LOG2E)
+
+
+@triton.jit
 def _dq_block(
     dq, queries, upstream, lse, delta, k, v, k_box, v_box, first, end, head, scale,
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     keys = _load(k, k_box, first, head, end, N, D, MASKED)
-    p = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale - lse[:, None])
+    p = _probabilities(tl.dot(queries, tl.trans(keys), input_precision="ieee"), lse[:, None], scale)
     if MASKED:
         p = tl.where((first + tl.arange(0, N) < end)[None, :], p, 0.0)
     values = _load(v, v_box, first, head, end, N, D, MASKED)
@@ -169,7 +183,7 @@ def dq_kernel(
         queries = _load(q, None, first, head, end, M, D, True)
         upstream = _load(dout, None, first, head, end, M, D, True)
         rows = first + tl.arange(0, M)
-        row_lse = _statistic(lse, rows, head, q_rows, end) * LOG2E
+        row_lse = _statistic(lse, rows, head, q_rows, end)
         row_delta = _statistic(delta, rows, head, q_rows, end)
         acc = tl.zeros([M, triton.next_power_of_2(D)], tl.float32)
         for i in range((WIDTH - 2) // 2):
@@ -177,12 +191,12 @@ def dq_kernel(
             for row in range(lo, whole, N):
                 acc = _dq_block(
                     acc, queries, upstream, row_lse, row_delta, k, v, k_box, v_box, row, hi, head // GROUP,
-                    scale * LOG2E, N, D, False,
+                    scale, N, D, False,
                 )  # fmt: skip
             if whole < hi:
                 acc = _dq_block(
                     acc, queries, upstream, row_lse, row_delta, k, v, k_box, v_box, whole, hi, head // GROUP,
-                    scale * LOG2E, N, D, True,
+                    scale, N, D, True,
                 )  # fmt: skip
         _store(dq, acc * scale, first, head, end, M, D)
 
@@ -194,8 +208,8 @@ def _dkv_block(
 ):  # fmt: skip
     queries = _load(q, q_box, first, head, end, M, D, MASKED)
     rows = first + tl.arange(0, M)
-    row_lse = _statistic(lse, rows, head, q_rows, end) * LOG2E
-    p = tl.exp2(tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale - row_lse[None, :])
+    row_lse = _statistic(lse, rows, head, q_rows, end)[None, :]
+    p = _probabilities(tl.dot(keys, tl.trans(queries), input_precision="ieee"), row_lse, scale)
     if MASKED:
         p = tl.where((rows < end)[None, :], p, 0.0)
     upstream = _load(dout, dout_box, first, head, end, M, D, MASKED)
@@ -224,12 +238,12 @@ def dkv_kernel(
             lo, whole, hi = _interval(key_table, run, i // GROUP, WIDTH, M)
             for row in range(lo, whole, M):
                 acc_k, acc_v = _dkv_block(
-                    acc_k, acc_v, keys, values, q, dout, q_box, dout_box, lse, delta, row, hi, head, scale * LOG2E,
+                    acc_k, acc_v, keys, values, q, dout, q_box, dout_box, lse, delta, row, hi, head, scale,
                     q_rows, M, D, False,
                 )  # fmt: skip
             if whole < hi:
                 acc_k, acc_v = _dkv_block(
-                    acc_k, acc_v, keys, values, q, dout, q_box, dout_box, lse, delta, whole, hi, head, scale * LOG2E,
+                    acc_k, acc_v, keys, values, q, dout, q_box, dout_box, lse, delta, whole, hi, head, scale,
                     q_rows, M, D, True,
                 )  # fmt: skip
         _store(dk, acc_k * scale, first, kv_head, end, N, D)
@@ -252,14 +266,17 @@ class Tiles:
 def tiles(kernel: str, dim: int, itemsize: int, hopper: bool) -> Tiles:
     """The sizes of "forward", "dq" or "dkv": fixed by head dim, element size and GPU generation alone, so that results
     do not depend on what was tuned where."""
-    if itemsize == 4:
-        return Tiles(32, 32, 4, 1)
-    wide = dim > 64
+    if itemsize == 4:  # exact fp32 products run on plain FMAs, every operand in a register
+        return Tiles(32, 32, 1, 1) if triton_common.INTERPRETED else Tiles(16, 16, 8, 1)
+    wide, padded = dim > 64, dim & (dim - 1) != 0
     if kernel == "forward":
-        return Tiles(128, 128 if hopper else 64, 8, 2 if wide and hopper else 3)
+        return Tiles(128, 128, 8, 2 if wide else 3) if hopper else Tiles(128, 32 if wide else 64, 8, 3)
+    # Elsewhere blocks are as long as registers allow without a spill: before Hopper, operands wait in registers.
     if kernel == "dq":
-        return Tiles(128, 64, 8, 2)
-    return Tiles(64, 128, 8, 2)
+        return Tiles(128, 64 if hopper and not (wide and padded) else 32, 8, 2)
+    if hopper:
+        return Tiles(32 if wide and padded else 64, 128, 8, 2)
+    return Tiles(16 if wide else 32, 128, 8, 2)
 
 
 def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
@@ -330,8 +347,8 @@ def backward(
 
 
 def _launch(kernel, size: Tiles, owner: Tensor, block: int, table: Tensor, *arguments, **constants) -> None:
-    """A program for every tile of `block` rows of `owner`, head by head. Tiles never cross a run, so there is at most one
-    partial tile more for each row of the table: the grid follows from shapes alone."""
+    """A program for every tile of `block` rows of `owner`, head by head. Tiles never cross a run, so there is at most
+    one partial tile more for each row of the table: the grid follows from shapes alone."""
     rows, heads, dim = owner.shape
     if not rows:
         return

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: rows of heads as an argument, launching, and what stands against using Triton at all."""
+"""What the Triton kernels share: rows of heads as an argument, launching, what stands against Triton at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # decided for good when a kernel's module is imported
 
 
 class Rows(NamedTuple):
@@ -42,8 +44,8 @@ def on(device: torch.device):
 
 def reasons(x: Tensor) -> list[str]:
     """What stands against running a Triton kernel on a tensor like this one."""
-    against, interpreted = [], triton.knobs.runtime.interpret
-    if x.device.type == "cpu" and not interpreted:
+    against = []
+    if x.device.type == "cpu" and not INTERPRETED:
         against.append(
             "needs a GPU, got a tensor on cpu (TRITON_INTERPRET=1, set before the first import, interprets it)"
         )
@@ -54,6 +56,6 @@ def reasons(x: Tensor) -> list[str]:
         against.append(f"needs compute capability 8.0, {x.device} has {major}.{minor}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         against.append(f"takes float16, bfloat16 and float32, got {x.dtype}")
-    if interpreted and x.dtype == torch.bfloat16:
+    if INTERPRETED and x.dtype == torch.bfloat16:
         against.append("Triton's interpreter is silently wrong in bfloat16; use float32 or float16")
     return against

@@ -83,11 +83,11 @@ class Block(nn.Module):
             self.spec,
         )
         if cache is None:
-            q, k, v = norm_rope_join(*joined)
+            q, k, v = norm_rope_join(*joined, impl=impl)
         else:
             k, v = cache
             assert geometry.slots is not None
-            q = norm_rope_append_(*joined, geometry.slots, k, v)
+            q = norm_rope_append_(*joined, geometry.slots, k, v, impl=impl)
         attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=impl))
         if self.text.finishes:
             text = self.text.finish(text, attended.index_select(0, s.text_rows), s.text_shot, *text_m[2:])
@@ -150,7 +150,7 @@ class MMDiT(nn.Module):
         geometry  of the rows given here; a SceneLayout stands for `layout.geometry(device)`
         cache     keys and values of earlier shots; the rows given here are written into it at `geometry.slots`,
                   which commits nothing: see `KVCache`
-        impl      of `attention`
+        impl      who computes the operations; see `select.choose`
 
         Returns [S_video, patch channels]. Global prompts get a velocity like any shot; callers discard it.
         """

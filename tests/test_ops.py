@@ -138,6 +138,8 @@ def compilations(backend, impl):
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
 def test_recompile_storm(impl):
     """One compilation for the first layout, one with symbolic sizes, and none for any other."""
+    if impl == "triton":
+        pytest.skip("interpreted, these layouts take minutes")
     assert compilations("aot_eager", impl) <= 2
 
 

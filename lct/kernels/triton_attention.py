@@ -5,6 +5,9 @@ masked. Forward and dQ walk the key intervals of a query tile, dK and dV the que
 transposed table): every tile owns what it writes, so nothing is atomic and every sum has one fixed order.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+# Triton's annotations say constexpr where its language takes a plain value, and know nothing of launches.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -93,14 +96,15 @@ def _forward_block(
     out, peak, total, queries, k, v, k_box, v_box, first, end, head, scale,
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: online softmax in base 2, statistics in fp32."""
+    """One block of keys: online softmax, statistics in fp32. Differences are taken before the change of base, so that
+    no logit that fp32 can hold overflows."""
     keys = _load(k, k_box, first, head, end, N, D, MASKED)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
     if MASKED:
         scores = tl.where((first + tl.arange(0, N) < end)[None, :], scores, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, 1))
-    p = tl.exp2(scores - higher[:, None])
-    shrink = tl.exp2(peak - higher)
+    p = tl.exp2((scores - higher[:, None]) * LOG2E)
+    shrink = tl.exp2((peak - higher) * LOG2E)
     values = _load(v, v_box, first, head, end, N, D, MASKED)
     out = tl.dot(p.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
     return out, higher, total * shrink + tl.sum(p, 1)
@@ -111,7 +115,7 @@ def forward_kernel(
     q, k, v, k_box, v_box, out, lse, table, scale, q_rows,
     R: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of M query rows of one head. `scale` includes log₂ e."""
+    """out and lse of M query rows of one head."""
     run, first = _find_tile(table, R, WIDTH, M)
     if run < R:
         head = tl.program_id(1)
@@ -132,7 +136,7 @@ def forward_kernel(
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # rows that see nothing: out 0, lse −inf
         _store(out, acc, first, head, end, M, D)
         rows = first + tl.arange(0, M)
-        row_lse = (peak + tl.log2(total)) / LOG2E
+        row_lse = peak + tl.log(total)
         tl.store(lse + tl.cast(head, tl.int64) * q_rows + rows, row_lse, mask=rows < end)
 
 
@@ -300,7 +304,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, 
     size = _sizes("forward", q)
     _launch(
         forward_kernel, size, q, size.m, table,
-        Rows.of(q), Rows.of(k), Rows.of(v), *_boxes(k, v, size.n), Rows.of(out), lse, table, scale * LOG2E.value,
+        Rows.of(q), Rows.of(k), Rows.of(v), *_boxes(k, v, size.n), Rows.of(out), lse, table, scale,
         q.shape[0], GROUP=q.shape[1] // k.shape[1],
     )  # fmt: skip
     return out, lse

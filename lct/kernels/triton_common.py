@@ -1,5 +1,8 @@
 """What the Triton kernels share: rows of heads as an argument, launching, what stands against Triton at all."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+# Triton's annotations say constexpr where its language takes a plain value, and know nothing of launches.
+
 from __future__ import annotations
 
 from contextlib import nullcontext
@@ -9,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # decided for good when a kernel's module is imported
+INTERPRETED: bool = knobs.runtime.interpret  # decided for good when a kernel's module is imported
 
 
 class Rows(NamedTuple):

@@ -4,6 +4,9 @@ A program takes a few rows of one stream and walks their heads: angles are forme
 from cache where the norm runs over all heads of a row), and what comes out lies where attention reads it.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+# Triton's annotations say constexpr where its language takes a plain value, and know nothing of launches.
+
 from __future__ import annotations
 
 import math

@@ -50,18 +50,16 @@ def results() -> str:
 
 def _reported(demo: dict) -> list[str]:
     """A table of what has no target, a column for each way of generating."""
+    table: dict[str, dict[str, str]] = {}
+    for row in demo["rows"]:
+        if not row["target"]:
+            mode, name = row["name"].split(": ")
+            table.setdefault(name, {})[mode] = row["value"]
     modes = list(demo["scores"])
-    names = [
-        row["name"].split(": ")[1] for row in demo["rows"] if not row["target"] and row["name"].startswith(modes[0])
-    ]
-
-    def shown(mode: str, name: str) -> str:
-        return next(row["value"] for row in demo["rows"] if row["name"] == f"{mode}: {name}")
-
     return [
         f"| without target | {' | '.join(modes)} |",
         "|---|" + "---|" * len(modes),
-        *(f"| {name} | {' | '.join(shown(mode, name) for mode in modes)} |" for name in names),
+        *(f"| {name} | {' | '.join(values[mode] for mode in modes)} |" for name, values in table.items()),
     ]
 
 

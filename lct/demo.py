@@ -144,10 +144,8 @@ def demo_layout(sample: SceneSample, model: MMDiT) -> SceneLayout:
 def _write(
     out: Path, samples, frames: dict[str, Frames], scores, rows: list[Metric], stages, seconds: float, causal: MMDiT
 ) -> None:
-    pictures = {
-        "mask.png": mask_picture(demo_layout(samples[0], causal)),
-        "positions.png": positions_picture(demo_layout(samples[0], causal)),
-    }
+    layout = demo_layout(samples[0], causal)
+    pictures = {"mask.png": mask_picture(layout), "positions.png": positions_picture(layout)}
     truth = true_frames(samples)
     for i in range(min(SHOWN, len(samples))):
         shown = [("truth", truth[i]), *((mode, frames[mode][i]) for mode in MODES)]

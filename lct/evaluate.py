@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lct.data.batch import Packed
 from lct.data.latents import unpatchify
-from lct.data.readout import character_distance, colour_error, hue_spread, read_shot, score_shots
+from lct.data.readout import character_distance, colour_error, hue_spread, read_shot, score_reading
 from lct.data.scenes import SceneSample
 from lct.data.toy import ToyScenes, to_frames
 from lct.model.flow import noised, shot_losses
@@ -97,7 +97,8 @@ def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str
     rights: dict[str, list[float]] = {k: [] for k in ("visible", "motion", "corner", "light", "framing", "place")}
     hues = []
     for scene, sample in zip(frames, samples, strict=True):
-        first, *later = (read_shot(shot) for shot in scene)
+        readings = [read_shot(shot) for shot in scene]
+        first, later = readings[0], readings[1:]
         who = sample.truth.characters[sample.truth.shots[0].who]
         if mode == "joint":
             colour, background, shape = first.character_rgb, first.background_rgb, first.shape
@@ -107,7 +108,8 @@ def score(mode: str, frames: Frames, samples: Sequence[SceneSample]) -> dict[str
         backgrounds.append(np.mean([colour_error(r.background_rgb, background) for r in later]))
         shapes.append(np.mean([shape is not None and r.shape == shape for r in later]))
         hues += [r.character_rgb for r in later[:1] if r.character_rgb is not None]
-        scores = score_shots(scene, sample.truth)[1 if mode == "auto-regressive" else 0 :]
+        scores = [score_reading(reading, sample.truth, i) for i, reading in enumerate(readings)]
+        scores = scores[1 if mode == "auto-regressive" else 0 :]
         for key, values in rights.items():
             values.append(float(np.nanmean([s[key] for s in scores])))
     return {

@@ -45,9 +45,11 @@ class ShotReading:
     """What a shot shows. Where no character is visible, its colour, shape, texture, motion and corner
     are None; motion also if T = 1.
 
+    frames                         T
     character_rgb, background_rgb  float [3] in [0, 1]
     """
 
+    frames: int
     visible: bool
     character_rgb: np.ndarray | None
     shape: str | None
@@ -88,7 +90,7 @@ def read_shot(frames: np.ndarray) -> ShotReading:
 
     distance = _distance(ground, place, rgb, top, height)
     strength = _strength(distance)
-    nobody = ShotReading(False, None, None, None, None, None, ESTABLISHING, light, place, rgb)
+    nobody = ShotReading(len(frames), False, None, None, None, None, None, ESTABLISHING, light, place, rgb)
     if strength < VISIBLE:
         return nobody
     centroids = _centroids(np.clip((distance / strength - 0.25) / 0.5, 0, 1))
@@ -98,7 +100,8 @@ def read_shot(frames: np.ndarray) -> ShotReading:
         return nobody
     y, x = centroids[0] - _centre(shape, framing, unit(height, width))
     corner = corner_of(top + y, x, height, width)
-    return ShotReading(True, colour, shape, texture, _motion(centroids), corner, framing, light, place, rgb)
+    motion = _motion(centroids)
+    return ShotReading(len(frames), True, colour, shape, texture, motion, corner, framing, light, place, rgb)
 
 
 def _background(ground: np.ndarray, where: np.ndarray, top: int, height: int) -> tuple[str, np.ndarray]:
@@ -210,11 +213,12 @@ def score_shots(shots: Sequence[np.ndarray], truth: ToyTruth) -> list[dict[str, 
     """
     if len(shots) > len(truth.shots):
         raise ValueError(f"shots: expected at most {len(truth.shots)}, as in the truth, got {len(shots)}")
-    return [_score(frames, truth, i) for i, frames in enumerate(shots)]
+    return [score_reading(read_shot(frames), truth, i) for i, frames in enumerate(shots)]
 
 
-def _score(frames: np.ndarray, truth: ToyTruth, index: int) -> dict[str, float]:
-    want, got = truth.shots[index], read_shot(frames)
+def score_reading(got: ShotReading, truth: ToyTruth, index: int) -> dict[str, float]:
+    """`score_shots` of one shot that has been read already."""
+    want = truth.shots[index]
     scores = {
         "background_error": colour_error(got.background_rgb, truth.background_rgb),
         "visible": float(got.visible == (want.who is not None)),
@@ -233,6 +237,6 @@ def _score(frames: np.ndarray, truth: ToyTruth, index: int) -> dict[str, float]:
         scores["shape"] = float(got.shape == who.shape)
         scores["texture"] = float(got.texture == who.texture)
         scores["corner"] = float(got.corner == want.corner)
-        if len(frames) > 1:
+        if got.frames > 1:
             scores["motion"] = float(got.motion == want.motion)
     return scores

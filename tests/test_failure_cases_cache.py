@@ -21,7 +21,7 @@ from tensors import (
 from test_failure_cases import nan_pages  # noqa: F401
 from test_norm_rope import truth
 
-from lct.kernels import NormRope, attention, norm_rope_append_, norm_rope_join, reference
+from lct.kernels import KVRows, NormRope, attention, norm_rope_append_, norm_rope_join, reference
 from lct.layout import Shot
 from lct.plan import Plan, Run
 
@@ -35,7 +35,7 @@ def join(inputs, geometry, spec=SPEC, positions=None):
 
 
 def append(inputs, geometry, caches, spec=SPEC):
-    return norm_rope_append_(*inputs, geometry.streams, geometry.positions, spec, geometry.slots, *caches)
+    return norm_rope_append_(*inputs, geometry.streams, geometry.positions, spec, KVRows(*caches, geometry.slots))
 
 
 def nan_caches(rows):

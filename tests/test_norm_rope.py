@@ -9,7 +9,7 @@ from numerics import compare
 from strategies import problems, scene_lists
 from tensors import DTYPES, SCENES, VISIBILITIES, Join, build, dtype_id, normal, same_bytes, skip_unless_able
 
-from lct.kernels import NormRope, attention, norm_rope_append_, norm_rope_join, reference, select
+from lct.kernels import KVRows, NormRope, attention, norm_rope_append_, norm_rope_join, reference, select
 
 SPECS = {
     "per head": NormRope(4, (4, 6, 6)),
@@ -231,7 +231,9 @@ def test_append_writes_the_bytes_of_join_and_nothing_else(impl, spec, dtype):
     skip_unless_able(select.NORM_ROPE, impl, join.video_qkv)
     q, k, v = norm_rope_join(*join, geometry.streams, geometry.positions, spec, impl)
     caches = poisoned_caches(2 * capacity, dtype=dtype)
-    got = norm_rope_append_(*join, geometry.streams, geometry.positions, spec, geometry.slots, *caches, impl)
+    got = norm_rope_append_(
+        *join, geometry.streams, geometry.positions, spec, KVRows(*caches, geometry.slots), impl=impl
+    )
     assert same_bytes(got, q)
     untouched = torch.ones(2 * capacity, dtype=torch.bool).index_fill(0, geometry.slots, False)
     for cache, rows in zip(caches, (k, v), strict=True):

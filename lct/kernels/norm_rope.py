@@ -1,4 +1,4 @@
-"""QK-norm, 3D RoPE and the way into joint order or the KV cache: what stands between QKV projection and attention."""
+"""QK-norm, 3D RoPE and the way into joint order: what stands between QKV projection and attention."""
 
 from __future__ import annotations
 
@@ -37,46 +37,37 @@ class NormRope:
             raise ValueError(f"axes: expected three even channel counts (t, y, x), got {self.axes}")
 
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor text_qkv, Tensor video_qkv, Tensor text_q_norm, Tensor text_k_norm, Tensor video_q_norm, "
     "Tensor video_k_norm, Tensor text_rows, Tensor video_rows, Tensor positions"
 )
-_OPTIONS = "int heads, int[] axes, float theta, float eps, str scope, str impl"
+OPTIONS = "int heads, int[] axes, float theta, float eps, str scope, str impl"
 
-torch.library.define("lct::norm_rope_join", f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define("lct::norm_rope_join", f"({ARGUMENTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "lct::norm_rope_join_backward",
-    f"(Tensor dq, Tensor dk, Tensor dv, {_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "lct::norm_rope_append_",
-    f"({_ARGUMENTS}, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, {_OPTIONS}) -> Tensor",
+    f"(Tensor dq, Tensor dk, Tensor dv, {ARGUMENTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 def _join(*arguments):
     tensors, (positions, *options, impl) = arguments[:8], arguments[8:]
-    return select.NORM_ROPE[impl].norm_rope_join(_streams(tensors), positions, *options)
+    return select.NORM_ROPE[impl].norm_rope_join(given_streams(tensors), positions, *options)
 
 
 def _join_backward(dq, dk, dv, *arguments):
     tensors, (positions, *options, impl) = arguments[:8], arguments[8:]
-    return select.NORM_ROPE[impl].norm_rope_join_backward(dq, dk, dv, _streams(tensors), positions, *options)
+    return select.NORM_ROPE[impl].norm_rope_join_backward(dq, dk, dv, given_streams(tensors), positions, *options)
 
 
-def _append(*arguments):
-    tensors, (*rest, impl) = arguments[:8], arguments[8:]
-    return select.NORM_ROPE[impl].norm_rope_append_(_streams(tensors), *rest)
-
-
-def _streams(tensors) -> tuple[reference.Stream, reference.Stream]:
+def given_streams(tensors) -> tuple[reference.Stream, reference.Stream]:
+    """The two streams of an operation's first eight arguments."""
     text_qkv, video_qkv, text_q_norm, text_k_norm, video_q_norm, video_k_norm, text_rows, video_rows = tensors
     return (text_qkv, (text_q_norm, text_k_norm), text_rows), (video_qkv, (video_q_norm, video_k_norm), video_rows)
 
 
 torch.library.impl("lct::norm_rope_join", "default", _join)
 torch.library.impl("lct::norm_rope_join_backward", "default", _join_backward)
-torch.library.impl("lct::norm_rope_append_", "default", _append)
 
 
 @torch.library.register_fake("lct::norm_rope_join")
@@ -89,13 +80,6 @@ def _join_fake(text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, p
 @torch.library.register_fake("lct::norm_rope_join_backward")
 def _join_backward_fake(dq, dk, dv, text_qkv, video_qkv, tqn, tkn, vqn, vkn, *rest):
     return tuple(x.new_empty(x.shape) for x in (text_qkv, video_qkv, tqn, tkn, vqn, vkn))
-
-
-@torch.library.register_fake("lct::norm_rope_append_")
-def _append_fake(
-    text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, heads, *o
-):
-    return video_qkv.new_empty(text_qkv.shape[0] + video_qkv.shape[0], heads, video_qkv.shape[-1])
 
 
 class _NormRopeJoin(torch.autograd.Function):
@@ -135,51 +119,12 @@ def norm_rope_join(
     Norm statistics and rotation run in fp32 (fp64 for fp64). Raises ValueError or TypeError where shapes disagree.
     Defined by `reference.norm_rope_join`.
     """
-    tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
+    tensors, options = checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
     return _NormRopeJoin.apply(*tensors, *options, select.choose(select.NORM_ROPE, impl, video_qkv))
 
 
-def norm_rope_append_(
-    text_qkv: Tensor,
-    video_qkv: Tensor,
-    text_norm: Weights,
-    video_norm: Weights,
-    streams: Streams,
-    positions: Tensor,
-    spec: NormRope,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    impl: str = "auto",
-) -> Tensor:
-    """The same as `norm_rope_join`, with keys and values written into cache rows; returns q [S, A, D]. Inference only.
-
-    slots             int64 [S], the cache row of each joint row
-    k_cache, v_cache  [B·capacity, A_kv, D], changed in place; rows not in `slots` keep their bytes
-    """
-    tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
-    kv = reference.kv_shape(video_qkv, spec.heads)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.ndim != 3 or tuple(cache.shape[1:]) != kv:
-            raise ValueError(f"{name}: expected [rows, {kv[0]}, {kv[1]}], got {tuple(cache.shape)}")
-        if cache.dtype != video_qkv.dtype or cache.device != video_qkv.device:
-            raise TypeError(
-                f"{name}: expected {video_qkv.dtype} on {video_qkv.device}, got {cache.dtype} on {cache.device}"
-            )
-    if k_cache.shape[0] != v_cache.shape[0] or k_cache is v_cache:
-        raise ValueError(f"v_cache: expected another tensor of {k_cache.shape[0]} rows, got {v_cache.shape[0]} rows")
-    if slots.shape != (len(positions),) or slots.dtype != torch.int64:
-        raise ValueError(f"slots: expected int64 [{len(positions)}], got {slots.dtype} {list(slots.shape)}")
-    # On a GPU this look would wait for the device; `SceneLayout.tail` has checked the capacity there.
-    if slots.device.type == "cpu" and len(slots) and not 0 <= slots.min() <= slots.max() < len(k_cache):
-        raise ValueError(f"slots: expected rows of a cache of {len(k_cache)}, got {slots.min()} to {slots.max()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError("norm_rope_append_: inference only, its inputs require grad; call it under torch.no_grad()")
-    name = select.choose(select.NORM_ROPE, impl, video_qkv)
-    return torch.ops.lct.norm_rope_append_(*tensors, slots, k_cache, v_cache, *options, name)
-
-
-def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec):
+def checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec):
+    """The tensors and options of a registered op; ValueError or TypeError where they do not agree."""
     for name, qkv, at in (("text_qkv", text_qkv, streams.text_rows), ("video_qkv", video_qkv, streams.video_rows)):
         if (
             qkv.ndim != 3

@@ -11,10 +11,10 @@ from torch import Tensor
 from lct.kernels import reference, sdpa
 
 try:
-    from lct.kernels import triton_attention, triton_norm_rope
+    from lct.kernels import triton_attention, triton_modulate, triton_norm_rope
 except ImportError as error:
     why = f"Triton does not import ({error}); pip install triton"
-    triton_attention = triton_norm_rope = SimpleNamespace(
+    triton_attention = triton_modulate = triton_norm_rope = SimpleNamespace(
         reasons=lambda *tensors: [why], validated=lambda device, dtype: False
     )
 
@@ -23,7 +23,8 @@ except ImportError as error:
 Implementations = dict[str, ModuleType | SimpleNamespace]
 ATTENTION: Implementations = {"triton": triton_attention, "sdpa": sdpa, "reference": reference}
 NORM_ROPE: Implementations = {"triton": triton_norm_rope, "reference": reference}
-NAMES = tuple(dict.fromkeys([*ATTENTION, *NORM_ROPE]))
+MODULATE: Implementations = {"triton": triton_modulate, "reference": reference}
+NAMES = tuple(dict.fromkeys([*ATTENTION, *NORM_ROPE, *MODULATE]))
 
 
 def choose(operation: Implementations, impl: str, *tensors: Tensor) -> str:

@@ -26,6 +26,7 @@ TURN = tl.constexpr(2 * math.pi)
 WARPS = 4
 
 Stream = tuple[Tensor, tuple[Tensor, Tensor], Tensor]  # QKV [R, A + 2·A_kv, D], (q, k) norm weights, joint rows [R]
+KVRows = tuple[Tensor, Tensor, Tensor]  # keys and values [rows, A_kv, D], slots [S]
 
 
 class Rope(NamedTuple):
@@ -176,13 +177,13 @@ def join_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def assemble_kernel(
-    pool, sources, rope, context, count,
+    pool, rope, context, count,
     A_KV: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """B rows of a context: keys of the pool turned to their new positions, and values."""
     rows = tl.program_id(0) * B + tl.arange(0, B)
     shown = rows < count
-    source = tl.load(sources + rows, mask=shown, other=0)
+    source = tl.load(pool.slots + rows, mask=shown, other=0)
     slot = tl.load(context.slots + rows, mask=shown, other=0)
     cos, sin = _angles(rope, rows, shown, PAIRS, P)
     for head in range(A_KV):
@@ -274,9 +275,13 @@ def backward_kernel(
 # -- host --------------------------------------------------------------------------------------------------------------
 
 
-def reasons(qkv: Tensor) -> list[str]:
-    """Why this implementation cannot take QKV like this; empty where it can."""
+def reasons(qkv: Tensor, *stored: Tensor) -> list[str]:
+    """Why this implementation cannot take QKV like this, or cannot reach a pool; empty where it can."""
     against = triton_common.reasons(qkv)
+    if qkv.device.type == "cuda" and any(x.device.type == "cpu" and not x.is_pinned() for x in stored):
+        against.append("a pool in CPU memory must be pinned, for a kernel on a GPU to reach it")
+    if any(x.stride(-1) != 1 for x in stored):
+        against.append("a cache's or pool's channels must be contiguous")
     if qkv.shape[2] % 2 or not 2 <= qkv.shape[2] <= 256:
         against.append(f"takes even head dims up to 256, got {qkv.shape[2]}")
     return against
@@ -300,16 +305,15 @@ def norm_rope_join(
     qkv = streams[1][0]
     kv_heads = (qkv.shape[1] - heads) // 2
     k, v = (qkv.new_empty(len(positions), kv_heads, qkv.shape[2]) for _ in range(2))
-    q = _write(streams, positions, KV(Rows.of(k), Rows.of(v), None), heads, axes, theta, eps, scope)
+    q = _write(streams, positions, KV(Rows.of(k), Rows.of(v), None), None, heads, axes, theta, eps, scope)
     return q, k, v
 
 
 def norm_rope_append_(
     streams: Sequence[Stream],
     positions: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVRows,
+    pool: KVRows | None,
     heads: int,
     axes: Sequence[int],
     theta: float,
@@ -317,19 +321,35 @@ def norm_rope_append_(
     scope: str,
 ) -> Tensor:
     """See `reference.norm_rope_append_`."""
-    return _write(streams, positions, KV(Rows.of(k_cache), Rows.of(v_cache), slots), heads, axes, theta, eps, scope)
+    return _write(streams, positions, _kv(cache), pool and _kv(pool), heads, axes, theta, eps, scope)
 
 
-def _write(streams, positions, context: KV, heads, axes, theta, eps, scope) -> Tensor:
+def _write(streams, positions, context: KV, pool: KV | None, heads, axes, theta, eps, scope) -> Tensor:
     text, video = (_stream(stream) for stream in streams)
     q = text.qkv.data.new_empty(len(positions), heads, text.qkv.data.shape[2])
-    rope, sizes = _rope(positions, q.shape[2], axes, theta), _sizes(text.qkv.data, heads, axes, scope)
+    rope, sizes = _rope(positions, axes, theta), _heads(text.qkv.data, heads, axes, scope)
     counts = [len(qkv) for qkv, _, _ in streams]
     programs = sum(triton.cdiv(count, sizes["B"]) for count in counts)
     if programs:
         with on(q.device):
-            join_kernel[programs,](text, video, *counts, rope, Rows.of(q), context, None, eps, **sizes, num_warps=WARPS)
+            join_kernel[programs,](text, video, *counts, rope, Rows.of(q), context, pool, eps, **sizes, num_warps=WARPS)
     return q
+
+
+def assemble_(pool: KVRows, cache: KVRows, positions: Tensor, axes: Sequence[int], theta: float) -> None:
+    """See `reference.assemble_`."""
+    keys = cache[0]
+    sizes = _tile(keys.shape[2], axes)
+    if len(positions):
+        with on(keys.device):
+            assemble_kernel[triton.cdiv(len(positions), sizes["B"]),](
+                _kv(pool), _rope(positions, axes, theta), _kv(cache), len(positions),
+                A_KV=keys.shape[1], **sizes, num_warps=WARPS,
+            )  # fmt: skip
+
+
+def _kv(rows: KVRows) -> KV:
+    return KV(Rows.of(rows[0]), Rows.of(rows[1]), rows[2])
 
 
 def norm_rope_join_backward(
@@ -347,7 +367,7 @@ def norm_rope_join_backward(
     """See `reference.norm_rope_join_backward`. Norm weights' gradients add up block by block in one fixed order."""
     upstream = [Rows.of(dense_channels(x)) for x in (dq, dk, dv)]
     given = [_stream(stream) for stream in streams]
-    sizes = _sizes(given[0].qkv.data, heads, axes, scope)
+    sizes = _heads(given[0].qkv.data, heads, axes, scope)
     counts = [len(qkv) for qkv, _, _ in streams]
     blocks = [triton.cdiv(count, sizes["B"]) for count in counts]
     d_qkv = [s.qkv.data.new_empty(s.qkv.data.shape) for s in given]
@@ -356,7 +376,7 @@ def norm_rope_join_backward(
         for n, s in zip(blocks, given, strict=True)
     ]
     if sum(blocks):
-        rope = _rope(positions, dq.shape[2], axes, theta)
+        rope = _rope(positions, axes, theta)
         with on(dq.device):
             backward_kernel[sum(blocks),](
                 Rows.of(d_qkv[0]), *parts[0], Rows.of(d_qkv[1]), *parts[1], *given, *counts, rope, *upstream, eps,
@@ -371,7 +391,7 @@ def _stream(stream: Stream) -> StreamRows:
     return StreamRows(Rows.of(dense_channels(qkv)), q_norm.contiguous(), k_norm.contiguous(), rows)
 
 
-def _rope(positions: Tensor, dim: int, axes: Sequence[int], theta: float) -> Rope:
+def _rope(positions: Tensor, axes: Sequence[int], theta: float) -> Rope:
     return Rope(positions.contiguous(), *_frequencies(tuple(axes), theta, positions.device))
 
 
@@ -384,15 +404,11 @@ def _frequencies(axes: tuple[int, ...], theta: float, device: torch.device) -> t
     return turns.to(device), axis.to(device)
 
 
-def _sizes(qkv: Tensor, heads: int, axes: Sequence[int], scope: str) -> dict:
-    dim = qkv.shape[2]
+def _heads(qkv: Tensor, heads: int, axes: Sequence[int], scope: str) -> dict:
+    return {"A": heads, "A_KV": (qkv.shape[1] - heads) // 2, "BY_ROW": scope == "row", **_tile(qkv.shape[2], axes)}
+
+
+def _tile(dim: int, axes: Sequence[int]) -> dict:
+    """P pairs of channels, a power of two, by B rows: about 1,024 elements."""
     pairs = triton.next_power_of_2(dim) // 2
-    return {
-        "A": heads,
-        "A_KV": (qkv.shape[1] - heads) // 2,
-        "D": dim,
-        "PAIRS": sum(axes) // 2,
-        "P": pairs,
-        "B": max(4, 1024 // (2 * pairs)),
-        "BY_ROW": scope == "row",
-    }
+    return {"D": dim, "PAIRS": sum(axes) // 2, "P": pairs, "B": max(4, 512 // pairs)}

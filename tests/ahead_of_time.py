@@ -23,9 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lct.kernels import triton_attention, triton_norm_rope
+from lct.kernels import triton_attention, triton_modulate, triton_norm_rope
 from lct.layout import SceneLayout, Shot
 
+MODULES = triton_attention, triton_modulate, triton_norm_rope
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OPCODES = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "STL", "LDL")
@@ -51,15 +52,15 @@ class AbsentGPU:
 
 
 class Recorded:
-    """A kernel whose launch compiles."""
+    """A kernel whose launch compiles, and is found anew only where it has to be compiled anew."""
 
-    def __init__(self, kernel, capability: int, case: str, found: list):
-        self.kernel, self.about, self.found = kernel, {"capability": capability, "case": case}, found
+    def __init__(self, kernel, found: dict):
+        self.kernel, self.found = kernel, found
 
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
             compiled = self.kernel.warmup(*arguments, grid=grid, **constants)
-            self.found.append(self.about | {"kernel": self.kernel.__name__} | figures(compiled))
+            self.found[compiled.hash] = self.kernel.__name__, compiled
 
         return launch
 
@@ -76,47 +77,75 @@ def figures(compiled) -> dict:
     return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared, **counts}
 
 
-def layout() -> SceneLayout:
-    return SceneLayout([[Shot(5, (1, 1, 1), "global"), Shot(16, (2, 4, 4)), Shot(7, (3, 4, 4))]])
+GLOBAL = Shot(5, (1, 1, 1), "global")
+LAYOUTS = (  # one compilation must do for all: from one shot to nine, sizes odd, even and multiples of 16, one row
+    SceneLayout([[GLOBAL, Shot(16, (2, 4, 4)), Shot(7, (3, 4, 4))]]),
+    SceneLayout([[Shot(16, (1, 4, 4))]]),
+    SceneLayout([[Shot(1, (0, 4, 4))]]),
+    SceneLayout([[GLOBAL, *(Shot(3 + i, (1 + i % 3, 8, 8 + i % 2)) for i in range(9))], [GLOBAL]]),
+)
 
 
-def run(case: str) -> None:
-    """ "attention-DTYPE-DIM[-gqa]" or "norm_rope-DTYPE-DIM-SCOPE"."""
-    operation, dtype, dim, *options = case.split("-")
-    plan, dim = layout().plan(), int(dim)
-    if operation == "attention":
-        q, dout, out = torch.zeros(3, plan.q_rows, 4, dim, dtype=DTYPES[dtype])
-        k, v = torch.zeros(2, plan.k_rows, 2 if "gqa" in options else 4, dim, dtype=DTYPES[dtype])
-        lse = torch.zeros(4, plan.q_rows)
-        triton_attention.forward(q, k, v, plan.table, plan.host_table, 0.1)
-        tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
-        triton_attention.backward(dout, lse, q, k, v, out, lse, *tables, 0.1, False)
-        return
-    geometry, (scope,) = layout().geometry(), options
+def attention(layout: SceneLayout, dtype: torch.dtype, dim: int, kv_heads: int) -> None:
+    plan = layout.plan()
+    q, dout, out = torch.zeros(3, plan.q_rows, 4, dim, dtype=dtype)
+    k, v = torch.zeros(2, plan.k_rows, kv_heads, dim, dtype=dtype)
+    lse = torch.zeros(4, plan.q_rows)
+    triton_attention.forward(q, k, v, plan.table, plan.host_table, 0.1)
+    tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
+    triton_attention.backward(dout, lse, q, k, v, out, lse, *tables, 0.1, False)
+
+
+def norm_rope(layout: SceneLayout, dtype: torch.dtype, dim: int, scope: str) -> None:
+    geometry = layout.geometry()
     sizes = (dim, dim) if scope == "head" else (4 * dim, 2 * dim)
     streams = [
-        (torch.zeros(len(rows), 8, dim, dtype=DTYPES[dtype]), tuple(torch.ones(n) for n in sizes), rows)
+        (torch.zeros(len(rows), 8, dim, dtype=dtype), tuple(torch.ones(n) for n in sizes), rows)
         for rows in (geometry.streams.text_rows, geometry.streams.video_rows)
     ]
     rope = geometry.positions, 4, (dim // 4, dim // 2, dim // 4), 1e4, 1e-6, scope
     q, k, v = triton_norm_rope.norm_rope_join(streams, *rope)
-    triton_norm_rope.norm_rope_append_(streams, rope[0], torch.arange(len(k)), k, v, *rope[1:])
+    cache = k, v, torch.arange(len(k))
+    triton_norm_rope.norm_rope_append_(streams, rope[0], cache, None, *rope[1:])
+    triton_norm_rope.norm_rope_append_(streams, rope[0], cache, cache, *rope[1:])
+    triton_norm_rope.assemble_(cache, cache, *rope[:1], *rope[2:4])
     triton_norm_rope.norm_rope_join_backward(q, k, v, streams, *rope)
+
+
+def modulate(layout: SceneLayout, dtype: torch.dtype, channels: int) -> None:
+    starts = layout.streams().text_starts
+    x, dout = torch.zeros(2, int(starts[-1]), channels, dtype=dtype)
+    shift, scale = torch.zeros(len(starts) - 1, 6 * channels).chunk(6, dim=-1)[:2]
+    triton_modulate.modulate(x, shift, scale, starts)
+    triton_modulate.modulate_backward(dout, x, scale, starts)
+    triton_modulate.gated(x, dout, scale, starts)
+    triton_modulate.gated_backward(dout, x, scale, starts)
+
+
+def run(case: str) -> None:
+    """ "attention-DTYPE-DIM[-gqa]", "norm_rope-DTYPE-DIM-SCOPE" or "modulate-DTYPE-CHANNELS"."""
+    operation, dtype, size, *options = case.split("-")
+    for layout in LAYOUTS:
+        if operation == "attention":
+            attention(layout, DTYPES[dtype], int(size), 2 if "gqa" in options else 4)
+        elif operation == "norm_rope":
+            norm_rope(layout, DTYPES[dtype], int(size), *options)
+        else:
+            modulate(layout, DTYPES[dtype], int(size))
 
 
 def main(capability: int, cases: list[str]) -> None:
     driver.set_active(AbsentGPU(capability))
     triton_attention._hopper = lambda device: capability == 90
+    kernels = [(m, name, getattr(m, name)) for m in MODULES for name in vars(m) if name.endswith("_kernel")]
     for case in cases:
-        found: list[dict] = []
-        for module in (triton_attention, triton_norm_rope):
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                kernel = getattr(module, name)
-                kernel = kernel.kernel if isinstance(kernel, Recorded) else kernel
-                setattr(module, name, Recorded(kernel, capability, case, found))
+        found: dict = {}
+        for module, name, kernel in kernels:
+            setattr(module, name, Recorded(kernel, found))
         run(case)
-        for line in found:
-            print(json.dumps(line), flush=True)
+        for name, compiled in found.values():
+            about = {"capability": capability, "case": case, "kernel": name}
+            print(json.dumps(about | figures(compiled)), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from numerics import compare
 from torch import Tensor
 
 from lct.kernels import NormRope, attention, select
+from lct.kernels.numerics import compare
 from lct.layout import SceneLayout, Shot
 
 IMPLS = tuple(select.ATTENTION)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
+SHARED = {80: 99 * 1024, 90: 227 * 1024}  # what is built for sm_80 runs on sm_86, 89 and 120 too, which have 99 KiB
 CASES = {
     "attention": [
         "attention-bf16-128",
@@ -22,6 +22,18 @@ CASES = {
         "attention-fp32-64",
     ],
     "norm_rope": ["norm_rope-bf16-128-head", "norm_rope-fp16-64-row"],
+    "modulate": ["modulate-bf16-2048", "modulate-fp32-128"],
+}
+KERNELS = {
+    "attention": ["forward_kernel", "delta_kernel", "dq_kernel", "dkv_kernel"],
+    "norm_rope": ["join_kernel"] * 3 + ["assemble_kernel", "backward_kernel"],  # to joint rows, a cache, cache and pool
+    "modulate": [
+        "modulate_kernel",
+        "modulate_backward_kernel",
+        "add_up_kernel",
+        "gated_kernel",
+        "gated_backward_kernel",
+    ],
 }
 
 
@@ -49,13 +61,12 @@ def named(kernel):
 
 
 @pytest.mark.timeout(900)
-def test_every_variant_compiles(kernels):
-    attention = ["forward_kernel", "delta_kernel", "dq_kernel", "dkv_kernel"]
-    expected = {"attention": attention, "norm_rope": ["join_kernel", "join_kernel", "backward_kernel"]}
+def test_every_variant_compiles_once_whatever_the_shots(kernels):
+    """Layouts of one to nine shots of all kinds of sizes: recompile-storm, for Triton's own compiler."""
     for capability in SHARED:
         for case in sum(CASES.values(), []):
             got = [k["kernel"] for k in kernels if (k["capability"], k["case"]) == (capability, case)]
-            assert got == expected[case.split("-")[0]]
+            assert sorted(got) == sorted(KERNELS[case.split("-")[0]]), case
 
 
 def test_nothing_spills(kernels):
@@ -64,7 +75,7 @@ def test_nothing_spills(kernels):
     assert not [kernel for kernel in spilling if "attention-fp32" not in kernel]
 
 
-def test_shared_memory_fits(kernels):
+def test_out_of_shared_memory(kernels):
     assert not [named(k) for k in kernels if k["shared"] > SHARED[k["capability"]]]
 
 

@@ -344,3 +344,50 @@ def test_packed_equals_separate(impl, visibility):
         separate = Inputs(*(x[rows] for x in inputs[:4]), inputs.dlse[:, rows]).run(alone, impl=impl)
         for name, got, want in zip(("out", "lse", "dq", "dk", "dv"), packed, separate, strict=True):
             assert same_bytes(got[:, rows] if name == "lse" else got[rows], want), name
+
+
+def far_apart(x, strides):
+    """The same values in memory of which only these few pages are ever touched; skips where it cannot be had."""
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    assert reach > 2**31
+    try:
+        memory = torch.empty(reach, dtype=x.dtype)
+    except (RuntimeError, MemoryError):
+        pytest.skip(f"no address space for {reach * x.element_size() / 2**30:.0f} GiB")
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+FAR = {"heads": (32, 2**30 + 16, 1), "rows": (2**25, 32, 1)}  # element strides of [80, 3, 32]
+
+
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+@pytest.mark.parametrize("names", [("q",), ("k", "v")], ids=str)
+def test_int32_offset_overflow(impl, names, strides):
+    """Rows or heads more than 2³¹ elements away are read from where they are."""
+    plan = one_run((0, 30), (35, 80), q_rows=80, k_rows=80)
+    inputs = Inputs.random(plan, heads=3, kv_heads=3, dtype=torch.float16)
+    far = inputs._replace(**{name: far_apart(getattr(inputs, name), strides) for name in names})
+    for a, b in zip(far.run(plan, impl=impl), inputs.run(plan, impl=impl), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+def test_strided_dout_overflow(impl, strides):
+    plan = one_run((0, 30), (35, 80), q_rows=80, k_rows=80)
+    inputs = Inputs.random(plan, heads=3, kv_heads=3, dtype=torch.float16)
+    far = inputs._replace(dout=far_apart(inputs.dout, strides))
+    for a, b in zip(far.run(plan, impl=impl), inputs.run(plan, impl=impl), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_interpreter_bf16(impl):
+    """Triton's interpreter is silently wrong in bf16, so it is refused; other implementations are right."""
+    plan = HOLES
+    q, k, v = Inputs.random(plan, heads=2, kv_heads=1, dim=16, dtype=torch.bfloat16)[:3]
+    if impl == "triton" and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="interpreter is silently wrong in bfloat16; use float32 or float16"):
+            attention(q, k, v, plan, impl=impl)
+    else:
+        skip_unless_able(select.ATTENTION, impl, q, k, v)
+        exact = attention(*(x.double() for x in (q, k, v)), plan, impl="reference")
+        torch.testing.assert_close(attention(q, k, v, plan, impl=impl).double(), exact, rtol=2e-2, atol=2e-2)

@@ -5,11 +5,11 @@ import oracle
 import pytest
 import torch
 from hypothesis import given, settings
-from numerics import compare
 from strategies import problems, scene_lists
 from tensors import DTYPES, SCENES, VISIBILITIES, Join, build, dtype_id, normal, same_bytes, skip_unless_able
 
 from lct.kernels import KVRows, NormRope, attention, norm_rope_append_, norm_rope_join, reference, select
+from lct.kernels.numerics import compare
 
 SPECS = {
     "per head": NormRope(4, (4, 6, 6)),

@@ -70,9 +70,45 @@ def test_opcheck_norm_rope_join_backward(stride, check):
 @each_check
 @each_stride
 def test_opcheck_norm_rope_append(stride, check):
-    caches = [stride(torch.zeros(LAYOUT.rows + 5, 2, 16)) for _ in range(2)]
-    slots = torch.arange(LAYOUT.rows).flip(0)
-    opcheck(ops.norm_rope_append_.default, (*join_arguments(stride), slots, *caches, *OPTIONS), test_utils=check)
+    cache, pool = (stored(stride) for _ in range(2))
+    opcheck(ops.norm_rope_append_.default, (*join_arguments(stride), *cache, *pool, *OPTIONS), test_utils=check)
+    nowhere = None, None, None
+    opcheck(ops.norm_rope_append_.default, (*join_arguments(stride), *cache, *nowhere, *OPTIONS), test_utils=check)
+
+
+def stored(stride):
+    return *(stride(torch.zeros(LAYOUT.rows + 5, 2, 16)) for _ in range(2)), torch.arange(LAYOUT.rows).flip(0)
+
+
+@each_check
+@each_stride
+def test_opcheck_assemble(stride, check):
+    cache, pool, positions = stored(stride), stored(stride), LAYOUT.positions()
+    options = OPTIONS[1], OPTIONS[2], OPTIONS[-1]
+    opcheck(ops.assemble_.default, (*pool, *cache, positions, *options), test_utils=check)
+
+
+MODULATION = {
+    "modulate": lambda x, y, per_shot, starts: (x, *per_shot, starts),
+    "modulate_backward": lambda x, y, per_shot, starts: (y, x, per_shot[1], starts),
+    "gated": lambda x, y, per_shot, starts: (x, y, per_shot[0], starts),
+    "gated_backward": lambda x, y, per_shot, starts: (x, y, per_shot[0], starts),
+}
+each_2d_stride = pytest.mark.parametrize(
+    "stride", [lambda x: x, lambda x: x.T.contiguous().T, strided["every other row"]], ids=["rows", "columns", "skips"]
+)
+
+
+@each_check
+@each_2d_stride
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("name", MODULATION)
+def test_opcheck_modulation(name, impl, stride, check):
+    starts = LAYOUT.streams().video_starts
+    x, y = (stride(normal(int(starts[-1]), 8, seed=i)) for i in range(2))
+    skip_unless_able(select.MODULATE, impl, x)
+    per_shot = normal(len(starts) - 1, 24).chunk(3, dim=1)[:2]
+    opcheck(getattr(ops, name).default, (*MODULATION[name](x, y, per_shot, starts), impl), test_utils=check)
 
 
 # What opcheck samples once, said of every implementation and dtype: real results look like the fakes.

@@ -124,7 +124,7 @@ def _check_rows(name: str, rows: KVRows, like: Tensor, count: int, anywhere: boo
         if x.ndim != 3 or x.shape[1:] != like.shape[1:]:
             raise ValueError(f"{name} {part}: expected [rows, {like.shape[1]}, {like.shape[2]}], got {tuple(x.shape)}")
         if x.dtype != like.dtype:
-            raise TypeError(f"{name} {part}: expected {like.dtype}, got {x.dtype}")
+            raise TypeError(f"{name} {part}: expected the dtype of what is stored, {like.dtype}, got {x.dtype}")
         if x.device != like.device and not (anywhere and x.device.type == "cpu"):
             raise ValueError(f"{name} {part}: expected {like.device}, got {x.device}")
     if len(rows.keys) != len(rows.values) or rows.keys is rows.values:

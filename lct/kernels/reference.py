@@ -279,7 +279,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, starts: Tensor) -> Tensor:
     """LayerNorm(x) · (1 + scale[shot]) + shift[shot]; x [R, C], shift and scale [N, C], starts [N + 1] -> [R, C]."""
     shot = shot_of_rows(starts, len(x))
     normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-    return (normed * (1 + F.embedding(shot, scale)) + F.embedding(shot, shift)).to(x.dtype)
+    return (normed * (1 + F.embedding(shot, scale)) + F.embedding(shot, shift)).to(x.dtype).contiguous()
 
 
 def modulate_backward(dout: Tensor, x: Tensor, scale: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,18 +292,19 @@ def modulate_backward(dout: Tensor, x: Tensor, scale: Tensor, starts: Tensor) ->
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         g, wide, width, mean, inverse, None, None, [True, False, False]
     )
-    return dx.to(x.dtype), _sum_by_shot(dout, shot, scale), _sum_by_shot(dout * normed, shot, scale)
+    return dx.to(x.dtype).contiguous(), _sum_by_shot(dout, shot, scale), _sum_by_shot(dout * normed, shot, scale)
 
 
 def gated(x: Tensor, branch: Tensor, gate: Tensor, starts: Tensor) -> Tensor:
     """x + gate[shot] · branch; x and branch [R, C], gate [N, C], starts [N + 1] -> [R, C]."""
-    return (x + F.embedding(shot_of_rows(starts, len(x)), gate) * branch).to(x.dtype)
+    return (x + F.embedding(shot_of_rows(starts, len(x)), gate) * branch).to(x.dtype).contiguous()
 
 
 def gated_backward(dout: Tensor, branch: Tensor, gate: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """dbranch = gate[shot] · dout, and dgate = Σ dout · branch over each shot's rows."""
     shot, dout = shot_of_rows(starts, len(branch)), dout.to(gate.dtype)
-    return (dout * F.embedding(shot, gate)).to(branch.dtype), _sum_by_shot(dout * branch, shot, gate)
+    d_branch = (dout * F.embedding(shot, gate)).to(branch.dtype).contiguous()
+    return d_branch, _sum_by_shot(dout * branch, shot, gate)
 
 
 def shot_of_rows(starts: Tensor, rows: int) -> Tensor:

@@ -36,9 +36,10 @@ def at(x, rows, head, channels):
     return x.data + (rows.to(tl.int64) * x.row + tl.cast(head, tl.int64) * x.head)[:, None] + channels[None, :]
 
 
-def dense_channels(x: Tensor) -> Tensor:
-    """The same values with contiguous channels; a copy only where they were not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def reachable(x: Tensor) -> Tensor:
+    """The same values with contiguous channels, and rows so near each other that offsets within a tile fit 32 bits; a
+    copy only where they were not."""
+    return x if x.stride(-1) == 1 and abs(x.stride(0)) < 2**31 // 256 else x.contiguous()
 
 
 def on(device: torch.device):

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lct.kernels import triton_common
-from lct.kernels.triton_common import dense_channels, on
+from lct.kernels.triton_common import on, reachable
 
 TILE = 32  # rows of a program
 EPS = tl.constexpr(1e-6)
@@ -194,7 +194,7 @@ def gated_backward(dout: Tensor, branch: Tensor, gate: Tensor, starts: Tensor) -
 def _launch(kernel, given: tuple[Tensor, ...], written: tuple[Tensor, ...], starts: Tensor) -> None:
     """A program for every tile of rows. Tiles never cross a shot, so there is at most one partial tile more for each:
     the grid follows from shapes alone."""
-    given = tuple(dense_channels(x) for x in given)
+    given = tuple(reachable(x) for x in given)
     rows, channels = given[0].shape
     padded = triton.next_power_of_2(channels)
     if rows:

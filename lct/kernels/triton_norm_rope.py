@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lct.kernels import triton_common
-from lct.kernels.triton_common import Rows, at, dense_channels, on
+from lct.kernels.rope import frequencies
+from lct.kernels.triton_common import Rows, at, on, reachable
 
 TURN = tl.constexpr(2 * math.pi)
 WARPS = 4
@@ -365,7 +365,7 @@ def norm_rope_join_backward(
     scope: str,
 ) -> tuple[Tensor, ...]:
     """See `reference.norm_rope_join_backward`. Norm weights' gradients add up block by block in one fixed order."""
-    upstream = [Rows.of(dense_channels(x)) for x in (dq, dk, dv)]
+    upstream = [Rows.of(reachable(x)) for x in (dq, dk, dv)]
     given = [_stream(stream) for stream in streams]
     sizes = _heads(given[0].qkv.data, heads, axes, scope)
     counts = [len(qkv) for qkv, _, _ in streams]
@@ -388,20 +388,11 @@ def norm_rope_join_backward(
 
 def _stream(stream: Stream) -> StreamRows:
     qkv, (q_norm, k_norm), rows = stream
-    return StreamRows(Rows.of(dense_channels(qkv)), q_norm.contiguous(), k_norm.contiguous(), rows)
+    return StreamRows(Rows.of(reachable(qkv)), q_norm.contiguous(), k_norm.contiguous(), rows)
 
 
 def _rope(positions: Tensor, axes: Sequence[int], theta: float) -> Rope:
-    return Rope(positions.contiguous(), *_frequencies(tuple(axes), theta, positions.device))
-
-
-@lru_cache(maxsize=64)
-def _frequencies(axes: tuple[int, ...], theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of every channel pair: turns for a step of position, and the axis it follows. Copied to a device once."""
-    exponents = [torch.arange(0, d, 2, dtype=torch.float64) / d for d in axes]
-    turns = torch.cat([theta**-e for e in exponents]) / (2 * math.pi)
-    axis = torch.cat([torch.full((len(e),), i, dtype=torch.int32) for i, e in enumerate(exponents)])
-    return turns.to(device), axis.to(device)
+    return Rope(positions.contiguous(), *frequencies(axes, theta, positions.device))
 
 
 def _heads(qkv: Tensor, heads: int, axes: Sequence[int], scope: str) -> dict:

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -100,9 +101,17 @@ def build(folder: Path, scratch: Path) -> dict:
     except LeftOut as why:
         record["left_out"]["cuda"] = str(why)
     sources = [name for name in SOURCES if name.endswith(".cpp")]
-    shared = [*OPTIMISED, "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
+    options += [*OPTIMISED, "-Wall", "-fPIC", "-fvisibility=hidden", "-pthread"]
+
+    def compile_source(name: str) -> str:
+        target = str(scratch / f"{Path(name).stem}.cpp.o")
+        run(cxx, *options, *includes, "-c", name, "-o", target)
+        return target
+
     try:
-        run(cxx, *shared, *options, *includes, *sources, *objects, tvm_ffi_library, "-o", str(library))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = list(pool.map(compile_source, sources))
+        run(cxx, "-shared", "-pthread", *compiled, *objects, tvm_ffi_library, "-o", str(library))
     except LeftOut as why:
         record["left_out"] = {"cpu": str(why), "cuda": str(why), **record["left_out"]}
         return record

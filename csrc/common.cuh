@@ -142,12 +142,12 @@ HD Packed<T> pack(const Eight& from) {
 
 // -- teams ------------------------------------------------------------------------------------------------------------
 
-// The lanes that share one head of one row; `used` of `lanes`, a power of two, have channels. A block is kThreads lanes.
+// The lanes that share one head of one row; `used` of `lanes`, a power of two, have channels. A block: kThreads lanes.
 //
 //   Lane<X> x;                             an X of every lane: x[lane]
 //   team.each([&](int lane) {…});          every used lane
 //   team.sum([&](int lane) {return …;})    over the used lanes, always in the same tree
-//   team.add_up(to, dim, part)             to[channel] = Σ part over the teams of a block, in order; all of them call it
+//   team.add_up(to, dim, part)             to[channel] = Σ part over the teams of a block, in order; all must call it
 
 #ifdef __CUDACC__
 class DeviceTeam {
@@ -232,8 +232,8 @@ class HostTeam {
 
   template <class F>
   float sum(F f) const {
-    float totals[kMaxLanes] = {};
-    for (int lane = 0; lane < used_; ++lane) totals[lane] = f(lane);
+    float totals[kMaxLanes];
+    for (int lane = 0; lane < lanes_; ++lane) totals[lane] = lane < used_ ? f(lane) : 0;
     for (int offset = lanes_ / 2; offset; offset /= 2)
       for (int lane = 0; lane < offset; ++lane) totals[lane] += totals[lane + offset];
     return totals[0];

@@ -1,5 +1,5 @@
 // What Python calls: every argument is checked, parameters are filled, and the tensors' device decides who runs.
-// The public functions of lct/kernels have looked at their users' arguments; these checks keep a pointer from going wild.
+// The public functions of lct/kernels have looked at what users gave; these checks keep a pointer from going wild.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
 #include <tvm/ffi/error.h>
@@ -21,8 +21,8 @@ using tvm::ffi::TensorView;
 
 constexpr DLDataType kFloat{kDLFloat, 32, 1}, kDouble{kDLFloat, 64, 1}, kInt{kDLInt, 32, 1}, kLong{kDLInt, 64, 1};
 constexpr int64_t kAny = -1;
-constexpr int64_t kBlocksOnCpu = 1;      // more than there are rows for would form angles anew
-constexpr int64_t kBlocksOnGpu = 1024;   // about eight for each multiprocessor of an H100
+constexpr int64_t kBlocksOnCpu = 1;     // more than there are rows for would form angles anew
+constexpr int64_t kBlocksOnGpu = 1024;  // about eight for each multiprocessor of an H100
 
 struct Where {
   DLDevice device;
@@ -73,11 +73,13 @@ void check(const char* name, TensorView x, DLDataType dtype, DLDevice device, st
 }
 
 template <class T>
-T* dense(const char* name, TensorView x, DLDataType dtype, DLDevice device, std::initializer_list<int64_t> shape) {
+T* dense(const char* name, TensorView x, DLDataType dtype, DLDevice device, std::initializer_list<int64_t> shape,
+         size_t alignment = sizeof(T)) {
   check(name, x, dtype, device, shape);
   if (x.numel() && !x.IsContiguous()) refuse(name, "a contiguous tensor", x);
   T* data = reinterpret_cast<T*>(static_cast<char*>(x.data_ptr()) + x.byte_offset());
-  if (!on_cpu(device) && reinterpret_cast<uintptr_t>(data) % sizeof(T)) refuse(name, "an aligned tensor", x);
+  if (!on_cpu(device) && reinterpret_cast<uintptr_t>(data) % alignment)
+    refuse(name, "an address that is a multiple of " + std::to_string(alignment) + " bytes", x);
   return data;
 }
 
@@ -124,7 +126,7 @@ Rope rope_of(TensorView positions, TensorView frequencies, TensorView axes, DLDe
   Rope rope{dense<float>("positions", positions, kFloat, device, {rows, 3}),
             dense<double>("frequencies", frequencies, kDouble, device, {pairs}),
             dense<int32_t>("axes", axes, kInt, device, {pairs}), int(pairs)};
-  if (2 * pairs > dim) refuse("frequencies", "at most head_dim / 2 = " + std::to_string(dim / 2) + " pairs", frequencies);
+  if (2 * pairs > dim) refuse("frequencies", "at most " + std::to_string(dim / 2) + " = head_dim / 2", frequencies);
   if (on_cpu(device))
     for (int i = 0; i < rope.pairs; ++i)
       if (rope.axes[i] < 0 || rope.axes[i] > 2)
@@ -172,12 +174,9 @@ void fill(Stream (&streams)[2], const Streams& given, const Sizes& sizes, const 
     const auto& name = names[i];
     streams[i] = {
         rows_of(name[0], given.qkv[i], at, sizes.rows[i], sizes.heads + 2 * sizes.kv_heads, dim),
-        dense<float>(name[1], given.q_norm[i], kFloat, at.device, {sizes.by_row ? sizes.heads * dim : dim}),
-        dense<float>(name[2], given.k_norm[i], kFloat, at.device, {sizes.by_row ? sizes.kv_heads * dim : dim}),
+        dense<float>(name[1], given.q_norm[i], kFloat, at.device, {sizes.by_row ? sizes.heads * dim : dim}, 16),
+        dense<float>(name[2], given.k_norm[i], kFloat, at.device, {sizes.by_row ? sizes.kv_heads * dim : dim}, 16),
         indices(name[3], given.joint[i], at, sizes.rows[i], rows)};
-    for (const float* weights : {streams[i].q_norm, streams[i].k_norm})
-      if (!on_cpu(at.device) && reinterpret_cast<uintptr_t>(weights) % 16)
-        TVM_FFI_THROW(ValueError) << name[1] << ": expected an address that is a multiple of 16 bytes";
   }
 }
 

@@ -41,7 +41,7 @@ HD int64_t blocks_of(const Sizes& sizes, int stream) { return ceil_div(sizes.row
 
 HD int64_t blocks_of(const Sizes& sizes) { return blocks_of(sizes, 0) + blocks_of(sizes, 1); }
 
-// Splits the heads of a row until there are `wanted` blocks. A norm over all heads needs all of q, or of k, in one chunk.
+// Splits the heads of a row until there are `wanted` blocks. A norm over all heads needs all of q, or k, in one chunk.
 HD Sizes sizes_of(int heads, int kv_heads, int dim, bool by_row, int64_t texts, int64_t videos, int64_t wanted) {
   Sizes sizes{heads, kv_heads, dim, by_row, {texts, videos}, lanes_of(dim), 3, 0};
   if (by_row) return sizes;
@@ -281,7 +281,7 @@ HD void assemble_body(const Team& team, const AssembleParams& p, int64_t block, 
 
 // -- backward ---------------------------------------------------------------------------------------------------------
 
-// With y = x·r·w, r = 1/rms, x̂ = x·r, g = dy·w: dx = r (g − x̂ · mean(g·x̂)); Σ dy·x̂ of the block's rows to d_weights.
+// With y = x·r·w, r = 1/rms, x̂ = x·r, g = dy·w: dx = r (g − x̂ · mean(g·x̂)); Σ dy·x̂ of a block's rows to d_weights.
 // Teams without a row come along, for the sum over the block needs all of them.
 template <class T, class Team, class Lanes>
 HD void backward_heads(const Team& team, const BackwardParams& p, const Lanes& turns, const Place& place,

@@ -39,13 +39,14 @@ def print_report() -> None:
 
 def print_validation() -> int:
     """Check every implementation on every device, say what was found, remember it; 1 where any failed, else 0."""
-    console, failed = Console(), 0
+    console, verdicts = Console(), []
     for verdict in validate(devices()):
-        failed += verdict.failure is not None
+        verdicts.append(verdict)
         state = "[bold green]passed[/]" if verdict.failure is None else f"[bold red]failed[/] {escape(verdict.failure)}"
         console.print(f"{verdict.operation:<10} {verdict.impl:<10} {verdict.device} {_name(verdict.dtype):<9} {state}")
-    console.print(f"remembered in {remembered.PATH}: auto may take what passed on this kind of device", markup=False)
-    return int(failed > 0)
+    good = sum(verdict.failure is None for verdict in verdicts)
+    console.print(f"{good} of {len(verdicts)} passed; auto takes them from now on, by {remembered.PATH}", markup=False)
+    return int(good < len(verdicts))
 
 
 def devices() -> list[torch.device]:

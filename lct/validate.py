@@ -60,14 +60,16 @@ def validate(devices: list[torch.device]) -> Iterator[Verdict]:
                 for dtype in DTYPES:
                     if impl == "reference" or operation[impl].reasons(*problem.probe(device, dtype)):
                         continue
-                    failure = _failure(problem.run, impl, device, dtype)
+                    failure = failure_of(operation.name, impl, device, dtype)
                     yield Verdict(operation.name, impl, device, dtype, failure)
                     if (impl, device.type) != ("triton", "cpu"):
                         verdicts[operation.name, impl, device, dtype] = failure is None
     remembered.remember(verdicts)
 
 
-def _failure(run: Callable[..., Results], impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def failure_of(operation: str, impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What an implementation gets wrong, in a sentence; None where it passes."""
+    run = PROBLEMS[operation].run
     try:
         truth = run("reference", device, dtype, torch.float64)
         plain, got = (run(name, device, dtype, dtype) for name in ("reference", impl))

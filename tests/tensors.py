@@ -71,6 +71,9 @@ class Inputs(NamedTuple):
         dlse = normal(heads, plan.q_rows, dtype=torch.promote_types(dtype, torch.float32), seed=seed + 4)
         return cls(q, k, v, dout, dlse)
 
+    def to(self, device):
+        return Inputs(*(x.to(device) for x in self))
+
     def run(self, plan, **options):
         """(out, lse, dq, dk, dv) of the public function, with gradients through both results."""
         skip_unless_able(select.ATTENTION, options.get("impl"), *self[:3])
@@ -84,7 +87,7 @@ class Inputs(NamedTuple):
         The oracle knows the gradient of out. That of lse follows from P = d lse / d scores: dq = scale · dlse · P k is
         attention over k in v's place, dk = scale · Pᵀ (dlse · q) is a dv whose upstream gradient is dlse · q.
         """
-        q, k, v, dout, dlse = (x.detach().double().numpy() for x in self)
+        q, k, v, dout, dlse = (x.detach().double().cpu().numpy() for x in self)
         out, lse = oracle.attention(q, k, v, visible, scale)
         dq, dk, dv = oracle.attention_gradients(q, k, v, visible, scale, dout)
         upstream = dlse.T[:, :, None]

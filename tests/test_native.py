@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -284,7 +283,7 @@ def test_what_the_cpu_part_refuses():
 # -- the build record --------------------------------------------------------------------------------------------------
 
 RECORD = {
-    "tvm_ffi": metadata.version("apache-tvm-ffi"),
+    "tvm_ffi": native.INSTALLED,
     "built": {"cpu": "g++ 12", "cuda": "nvcc 13.0"},
     "architectures": ["sm_80", "sm_90a"],
     "left_out": {},
@@ -292,25 +291,13 @@ RECORD = {
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Puts a build record, and a library that cannot load, where the package looks."""
-
-    def clear():
-        for remembers in (native.built, native.library, native._unusable):
-            remembers.cache_clear()
-
-    def put(**changes):
-        (tmp_path / "_native.json").write_text(json.dumps(RECORD | changes))
-        (tmp_path / "_native.so").write_text("no library")
-        clear()
-
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
-    clear()
-    yield put
-    clear()
+def install(monkeypatch):
+    """Makes the package see another build record."""
+    return lambda **changes: monkeypatch.setattr(native, "RECORD", RECORD | changes)
 
 
-def test_a_library_that_is_not_there(install):
+def test_a_library_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "RECORD", native._read(tmp_path))
     assert native.reasons("cpu", CPU) == ["the native library is not built; pip install -e . builds it"]
     assert doctor._native() == ["native: not built; pip install -e . builds it"]
 
@@ -321,28 +308,30 @@ def test_a_part_that_was_left_out(install):
     assert doctor._native() == ["native cpu: built with g++ 12", "native cuda: not built, LCT_CUDA=0 forbade it"]
 
 
-def test_another_apache_tvm_ffi(install):
+def test_another_apache_tvm_ffi(install, monkeypatch):
     install(tvm_ffi="0.1.2")
     (reason,) = native.reasons("cpu", CPU)
-    assert reason == f"built with apache-tvm-ffi 0.1.2, installed is {RECORD['tvm_ffi']}; run pip install -e . again"
+    assert reason == f"built with apache-tvm-ffi 0.1.2, installed is {native.INSTALLED}; run pip install -e . again"
+    monkeypatch.setattr(native, "INSTALLED", None)
+    assert native.reasons("cpu", CPU) == ["apache-tvm-ffi is not installed; pip install apache-tvm-ffi==0.1.2"]
 
 
-def test_a_library_that_does_not_load(install):
+def test_a_library_that_does_not_load(tmp_path, monkeypatch):
+    (tmp_path / "_native.so").write_text("no library")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    with pytest.raises(OSError, match=r"does not load .*run pip install -e . again"):
+        native.library.__wrapped__()
+
+
+CAPABILITIES = {(8, 0): True, (8, 6): True, (9, 0): True, (7, 5): False, (10, 0): False, (12, 0): False}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gpus_that_it_is_for(install, monkeypatch, capability):
     install()
-    (reason,) = native.reasons("cpu", CPU)
-    assert "does not load" in reason and reason.endswith("run pip install -e . again")
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0)])
-def test_gpus_that_it_is_for(install, capability):
-    install()
-    assert native._other_gpu(capability) is None
-
-
-@pytest.mark.parametrize("capability", [(7, 5), (10, 0), (12, 0)])
-def test_other_gpus(install, capability):
-    install()
-    assert native._other_gpu(capability) == f"built for sm_80, sm_90a; this GPU is sm_{capability[0]}{capability[1]}"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    wrong = f"built for sm_80, sm_90a; this GPU is sm_{capability[0]}{capability[1]}"
+    assert native.reasons("cuda", torch.device("cuda")) == ([] if CAPABILITIES[capability] else [wrong])
 
 
 # -- the build ---------------------------------------------------------------------------------------------------------
@@ -430,11 +419,12 @@ def test_kernels_compile_without_spills(tmp_path):
     found = []
     for name, arch, stack, spills, registers, rest in re.findall(pattern, done.stderr, re.DOTALL):
         shared = re.search(r"(\d+) bytes smem", rest)
-        kernel, dtype = re.search(r"\d+(\w+_kernel)I(f|N3lct4Half|N3lct6BFloat)", name).groups()
-        found.append(
-            (arch, re.sub(r".*\d", "", kernel), dtype[-5:], int(shared[1]) if shared else 0, int(stack), int(spills))
+        kernel, argument = re.search(r"(join|assemble|backward)_kernelI(\w+?)Ev", name).groups()
+        dtype = next(
+            (dtype for mangled, dtype in {"Half": "fp16", "BFloat": "bf16"}.items() if mangled in argument), "fp32"
         )
+        found.append((arch, kernel, dtype, int(shared[1]) if shared else 0, int(stack), int(spills)))
         print(*found[-1][:3], f"registers={registers} shared={found[-1][3]} stack={stack} spills={spills}")
     print(f"{seconds:.1f} s")
-    assert len(set(found)) == len(SHARED) * 3 * 3
+    assert len({case[:3] for case in found}) == len(SHARED) * 3 * 3
     assert all(shared <= SHARED[arch] and stack == spills == 0 for arch, _, _, shared, stack, spills in found)

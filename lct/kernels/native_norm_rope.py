@@ -144,14 +144,15 @@ def _split() -> tuple[int, int]:
 def _readable(x: Tensor) -> Tensor:
     """The same values where a kernel can read them, eight channels at a time; a copy only where it could not."""
     x = x.detach()
-    if x.stride(-1) == 1 and (x.device.type == "cpu" or _aligned(x)) and (x.ndim > 1 or x.is_contiguous()):
+    anywhere = x.device.type == "cpu" or (_aligned(x) and x.data_ptr() % 16 == 0)
+    if x.stride(-1) == 1 and anywhere and (x.ndim > 1 or x.is_contiguous()):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether every row and head begins at a multiple of 16 bytes."""
-    return all(n * x.element_size() % 16 == 0 for n in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    """Whether every row and head begins at a multiple of 16 bytes of its storage."""
+    return all(n * x.element_size() % 16 == 0 for n in (*x.stride()[:-1], x.storage_offset()))
 
 
 def _implementation(part: str) -> SimpleNamespace:

@@ -21,7 +21,7 @@ demo: .venv/ready
 	$(BIN)/lct demo --out demo
 
 test: .venv/ready-to-test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 gpu:
 	$(PYTHON) bench/gpu.py

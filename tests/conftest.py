@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,22 +11,21 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # Triton reads it at its first import
     os.environ["TRITON_INTERPRET"] = "1"
 
-# What `lct doctor --validate` remembers of this machine stays outside, and what a test makes it remember stays inside.
-CACHE = tempfile.TemporaryDirectory(prefix="lct-tests-")
-os.environ["XDG_CACHE_HOME"] = CACHE.name
+# A home of the tests' own: what `lct doctor --validate` remembers of this machine stays outside, and what a test makes
+# it remember stays inside. Git's settings and Triton's compiled kernels are the user's as before.
+os.environ.setdefault("GIT_CONFIG_GLOBAL", str(Path.home() / ".gitconfig"))
+os.environ.setdefault("TRITON_HOME", str(Path.home()))
+HOME = tempfile.TemporaryDirectory(prefix="lct-tests-")
+os.environ["HOME"] = HOME.name
 
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
 
 
-# Modules whose tests share one costly fixture, or the repository's root: each stays with one worker of pytest-xdist.
-TOGETHER = {f"test_{name}" for name in ("ahead_of_time", "native", "cli", "demo", "film", "ingest", "readme")}
-
-
 def pytest_collection_modifyitems(items):
-    """Keep some modules' tests together; skip tests marked `gpu`, saying why, where there is no CUDA device."""
+    """Skip tests marked `gpu`, saying why, on a machine without a CUDA device."""
+    if torch.cuda.is_available():
+        return
     for item in items:
-        if item.module.__name__ in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False"))

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-PATH = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lct" / "validated.json"
+PATH = Path.home() / ".cache" / "lct" / "validated.json"
 
 
 def kind(device: torch.device) -> str:

@@ -296,7 +296,7 @@ def install(monkeypatch):
     return lambda **changes: monkeypatch.setattr(native, "RECORD", RECORD | changes)
 
 
-def test_a_library_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_native_library(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "RECORD", native._read(tmp_path))
     assert native.reasons("cpu", CPU) == ["the native library is not built; pip install -e . builds it"]
     assert doctor._native() == ["native: not built; pip install -e . builds it"]
@@ -327,7 +327,7 @@ CAPABILITIES = {(8, 0): True, (8, 6): True, (9, 0): True, (7, 5): False, (10, 0)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_gpus_that_it_is_for(install, monkeypatch, capability):
+def test_wrong_arch(install, monkeypatch, capability):
     install()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     wrong = f"built for sm_80, sm_90a; this GPU is sm_{capability[0]}{capability[1]}"

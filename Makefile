@@ -1,11 +1,12 @@
 # `make demo` and `make test` set up what they need in .venv, then do their work. Both use the CPU.
+# `make gpu` runs with the Python at hand, which has torch and Triton; nothing is installed.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test pretrained lint clean
+.PHONY: demo test gpu pretrained lint clean
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --constraint constraints.txt --editable '.[video]'
 	touch $@
@@ -20,7 +21,10 @@ demo: .venv/ready
 	$(BIN)/lct demo --out demo
 
 test: .venv/ready-to-test lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+gpu:
+	$(PYTHON) bench/gpu.py
 
 lint: .venv/ready-to-test
 	$(BIN)/ruff check --quiet .
@@ -32,4 +36,4 @@ pretrained: .venv/ready
 	$(BIN)/lct train tiny_pretrain --out runs/tiny_pretrain --share lct/assets/tiny_pretrained.safetensors
 
 clean:
-	rm -rf .venv build demo runs *.egg-info
+	rm -rf .venv build demo runs *.egg-info lct/_native.so lct/_native.json

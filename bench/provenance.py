@@ -12,13 +12,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def provenance() -> dict:
-    """What every record of this folder states about itself."""
+def provenance(device: str = "cpu") -> dict:
+    """What every record of this folder states about itself; `device` is where its figures were measured."""
     changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "command": " ".join(["python", *(_relative(argument) for argument in sys.argv)]),
         "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
-        "device": _cpu(),
+        "device": _cpu() if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -191,11 +191,17 @@ def estimate(
     print_estimate(preset, parse_layout(shots, visibility), tflops)
 
 
-def doctor() -> None:
-    """What this machine has, which implementation computes what, and why the others do not."""
-    from lct.doctor import print_report
+def doctor(validate: bool = False) -> int:
+    """What this machine has, which implementation computes what, and why the others do not.
 
+    Args:
+        validate: Check each implementation on the devices at hand first, and remember which ones `auto` may take.
+    """
+    from lct.doctor import print_report, print_validation
+
+    failed = print_validation() if validate else 0
     print_report()
+    return failed
 
 
 def parse_layout(words: tuple[str, ...], visibility: str):

@@ -77,16 +77,19 @@ GLOBAL_VIDEO = (1, 1, 1)  # one zero latent, time 0: the dummy video of a global
 
 @dataclass(frozen=True)
 class Streams:
-    """Where the rows of the two streams sit in joint order, and which shot each belongs to; int64.
+    """Where the rows of the two streams sit in joint order, and which shot each belongs to.
 
-    text_rows [S_text], video_rows [S_video]   joint row of each stream row
-    text_shot [S_text], video_shot [S_video]   its shot, an index into a vector of per-shot values such as times
+    text_rows [S_text], video_rows [S_video]   joint row of each stream row; int64
+    text_shot [S_text], video_shot [S_video]   its shot, an index into a vector of per-shot values such as times; int64
+    text_starts, video_starts [N + 1]          the first stream row of each shot, and the number of rows; int32
     """
 
     text_rows: torch.Tensor
     video_rows: torch.Tensor
     text_shot: torch.Tensor
     video_shot: torch.Tensor
+    text_starts: torch.Tensor
+    video_starts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -430,4 +433,8 @@ def _streams(shots: Sequence[Shot], device: str | torch.device) -> Streams:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
     rows, shot = np.arange(part.size, dtype=np.int64), (part // 2).astype(np.int64)
-    return Streams(tensor(rows[~is_video]), tensor(rows[is_video]), tensor(shot[~is_video]), tensor(shot[is_video]))
+    starts = np.concatenate([np.zeros((1, 2), np.int64), sizes.cumsum(0)]).astype(np.int32)
+    return Streams(
+        *(tensor(x) for x in (rows[~is_video], rows[is_video], shot[~is_video], shot[is_video])),
+        *(tensor(x) for x in starts.T),
+    )

@@ -91,7 +91,11 @@ def transpose_runs(runs: Sequence[Run], key_rows: int) -> tuple[Run, ...]:
 
 
 def run_table(runs: Sequence[Run]) -> np.ndarray:
-    """int32 [R, 2 + 2·I]: (start, end, then I intervals); rows padded to a multiple of 16, I to a power of two."""
+    """int32 [R, 2 + 2·I]: (start, end, then I intervals); rows padded to a multiple of 16, I to a power of two.
+
+    Rows that see most stand first: tiles are handed out in this order, so that the longest do not come last.
+    """
+    runs = sorted(runs, key=lambda run: -sum(b - a for a, b in run.sees))
     widest = max((len(run.sees) for run in runs), default=1)
     intervals = 1 << max(0, widest - 1).bit_length()
     height = -(-max(1, len(runs)) // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -102,12 +106,10 @@ def run_table(runs: Sequence[Run]) -> np.ndarray:
 
 
 def read_table(table: torch.Tensor) -> list[Run]:
-    """The runs of a host table, without its padding."""
-    rows = table.tolist()
+    """The runs of a host table in the order of their rows, without its padding."""
+    rows = sorted(row for row in table.tolist() if row[0] < row[1])
     return [
-        Run(row[0], row[1], tuple((a, b) for a, b in zip(row[2::2], row[3::2], strict=True) if a < b))
-        for row in rows
-        if row[0] < row[1]
+        Run(row[0], row[1], tuple((a, b) for a, b in zip(row[2::2], row[3::2], strict=True) if a < b)) for row in rows
     ]
 
 

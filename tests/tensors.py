@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 import oracle
+import pytest
 import torch
-from numerics import compare
 from torch import Tensor
 
 from lct.kernels import NormRope, attention, select
+from lct.kernels.numerics import compare
 from lct.layout import SceneLayout, Shot
 
 IMPLS = tuple(select.ATTENTION)
@@ -42,6 +43,12 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def skip_unless_able(operation, impl, *tensors):
+    """Skip a test of an implementation that says why it does not take such tensors."""
+    if impl in operation and (against := operation[impl].reasons(*tensors)):
+        pytest.skip(f"{impl}: {'; '.join(against)}")
+
+
 def same_bytes(a, b):
     """Equal bit for bit, NaN included."""
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
@@ -64,8 +71,12 @@ class Inputs(NamedTuple):
         dlse = normal(heads, plan.q_rows, dtype=torch.promote_types(dtype, torch.float32), seed=seed + 4)
         return cls(q, k, v, dout, dlse)
 
+    def to(self, device):
+        return Inputs(*(x.to(device) for x in self))
+
     def run(self, plan, **options):
         """(out, lse, dq, dk, dv) of the public function, with gradients through both results."""
+        skip_unless_able(select.ATTENTION, options.get("impl"), *self[:3])
         q, k, v = (x.detach().requires_grad_() for x in self[:3])
         out, lse = attention(q, k, v, plan, return_lse=True, **options)
         return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), (self.dout, self.dlse))
@@ -76,7 +87,7 @@ class Inputs(NamedTuple):
         The oracle knows the gradient of out. That of lse follows from P = d lse / d scores: dq = scale · dlse · P k is
         attention over k in v's place, dk = scale · Pᵀ (dlse · q) is a dv whose upstream gradient is dlse · q.
         """
-        q, k, v, dout, dlse = (x.detach().double().numpy() for x in self)
+        q, k, v, dout, dlse = (x.detach().double().cpu().numpy() for x in self)
         out, lse = oracle.attention(q, k, v, visible, scale)
         dq, dk, dv = oracle.attention_gradients(q, k, v, visible, scale, dout)
         upstream = dlse.T[:, :, None]

@@ -21,7 +21,7 @@ from tensors import (
 from test_failure_cases import nan_pages  # noqa: F401
 from test_norm_rope import truth
 
-from lct.kernels import NormRope, attention, norm_rope_append_, norm_rope_join, reference
+from lct.kernels import KVRows, NormRope, attention, norm_rope_append_, norm_rope_join, reference
 from lct.layout import Shot
 from lct.plan import Plan, Run
 
@@ -35,7 +35,7 @@ def join(inputs, geometry, spec=SPEC, positions=None):
 
 
 def append(inputs, geometry, caches, spec=SPEC):
-    return norm_rope_append_(*inputs, geometry.streams, geometry.positions, spec, geometry.slots, *caches)
+    return norm_rope_append_(*inputs, geometry.streams, geometry.positions, spec, KVRows(*caches, geometry.slots))
 
 
 def nan_caches(rows):
@@ -52,20 +52,16 @@ def stream_rows(layout, shots):
 
 
 def test_undeclared_mutation():
-    """The schema names what an op writes to, each cache under a name of its own; no op writes to anything else."""
+    """The schema names what an op writes to, each tensor under a name of its own; no op writes to anything else."""
+    names = [name.removeprefix("lct::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("lct::")]
     written = {
         name: {x.name: x.alias_info.before_set for x in op._schema.arguments if x.alias_info and x.alias_info.is_write}
-        for name in (
-            "norm_rope_append_",
-            "norm_rope_join",
-            "norm_rope_join_backward",
-            "attention_forward",
-            "attention_backward",
-        )
+        for name in names
         for op in [getattr(torch.ops.lct, name).default]
     }
-    assert written.pop("norm_rope_append_") == {"k_cache": {"a"}, "v_cache": {"b"}}
-    assert not any(written.values())
+    assert written.pop("norm_rope_append_") == {"k_cache": {"a"}, "v_cache": {"b"}, "k_pool": {"c"}, "v_pool": {"d"}}
+    assert written.pop("assemble_") == {"k_cache": {"a"}, "v_cache": {"b"}}
+    assert len(written) == 8 and not any(written.values())
 
 
 def test_undeclared_mutation_leaves_inputs_as_they_were():
@@ -271,7 +267,7 @@ WRONG_DTYPE = {
     "integer QKV": (lambda: join((QKV[0].int(), QKV[1].int(), *QKV[2:]), GEOMETRY), "qkv.*floating.*int32"),
     "cache of another dtype": (
         lambda: append(QKV, LAYOUT.tail(0, 80), [torch.zeros(80, 2, 16).half()] * 2),
-        "k_cache.*float16",
+        "cache keys.*float16",
     ),
 }
 
@@ -341,7 +337,7 @@ BAD_LAYOUT = {
     ),
     "cache of other heads": (
         lambda: append(QKV, LAYOUT.tail(0, 80), [torch.zeros(80, 4, 16)] * 2),
-        "k_cache.*2, 16.*4, 16",
+        "cache keys.*2, 16.*4, 16",
     ),
 }
 
@@ -355,7 +351,7 @@ def test_bad_layout(case):
 
 def test_bad_layout_is_refused_before_anything_is_computed():
     caches = nan_caches(80)
-    with pytest.raises(ValueError, match="v_cache"):
+    with pytest.raises(ValueError, match="cache values"):
         append(QKV, LAYOUT.tail(0, 80), [caches[0], torch.zeros(80, 2, 8)])
     assert caches[0].isnan().all()
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import problems, scene_lists, shots, visibilities
 
 from lct.layout import SceneLayout, Shot
-from lct.plan import Plan, Run
+from lct.plan import Plan, Run, read_table
 
 thorough = settings(max_examples=500)
 TEXT_SCALES = (0.0, 0.25, 1.0, 1.5)  # dyadic, so that sums in any order are exact
@@ -133,6 +133,10 @@ def test_plan_covers_the_mask_exactly_once(problem):
         assert table.shape[0] % 16 == 0
         # Room for 1, 2, 4, … intervals: few shapes, so few compilations.
         assert ((table.shape[1] - 2) // 2).bit_count() == 1
+        # Longest first, so that the last tiles to finish are short; read back in the order of their rows.
+        seen = (table[:, 3::2] - table[:, 2::2]).sum(1)[: len(runs)].tolist()
+        assert seen == sorted(seen, reverse=True)
+        assert read_table(table) == list(runs)
 
 
 def test_plan_of_separate_row_spaces():

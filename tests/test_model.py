@@ -1,9 +1,11 @@
 """The MMDiT: the single-shot model inside it, parameter and FLOP counts, the cache."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lct.layout import SceneLayout, Shot
 from lct.model.cache import KVCache
@@ -204,3 +206,25 @@ def test_the_model_compiles_at_most_twice_over_one_to_nine_shots():
         geometry = layout.geometry()
         assert torch.allclose(compiled(*x, geometry), model(*x, geometry), atol=1e-5)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_recompute_mismatch(impl):
+    """Blocks recomputed in the backward pass (activation checkpointing) give the same loss and gradients."""
+    model, layout = random_model(dtype=torch.float32).requires_grad_(), SceneLayout([SCENE], "context_causal")
+    arguments = (*inputs(layout, model), layout.geometry())
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(*arguments, impl=impl).square().mean()
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    loss, gradients = loss_and_gradients()
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    again, recomputed = loss_and_gradients()
+    assert (again - loss).abs() <= 1e-5 * loss.abs()
+    assert len(gradients) == len(recomputed) > 50
+    for a, b in zip(gradients, recomputed, strict=True):
+        assert (a - b).abs().max() <= 5e-5 * a.abs().max()

@@ -5,11 +5,11 @@ import oracle
 import pytest
 import torch
 from hypothesis import given, settings
-from numerics import compare
 from strategies import problems, scene_lists
-from tensors import DTYPES, SCENES, VISIBILITIES, Join, build, dtype_id, normal, same_bytes
+from tensors import DTYPES, SCENES, VISIBILITIES, Join, build, dtype_id, normal, same_bytes, skip_unless_able
 
-from lct.kernels import NormRope, attention, norm_rope_append_, norm_rope_join, reference
+from lct.kernels import KVRows, NormRope, attention, norm_rope_append_, norm_rope_join, reference, select
+from lct.kernels.numerics import compare
 
 SPECS = {
     "per head": NormRope(4, (4, 6, 6)),
@@ -20,6 +20,7 @@ SPECS = {
     "other base and eps": NormRope(4, (4, 6, 6), theta=256.0, eps=0.1),
 }
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+each_impl = pytest.mark.parametrize("impl", select.NORM_ROPE)
 each_scope = pytest.mark.parametrize("spec", [SPECS["per head"], SPECS["per row"]], ids=["head", "row"])
 
 
@@ -57,8 +58,9 @@ def plain(join, geometry, spec):
     return *joint, torch.cat([join.text_qkv, join.video_qkv])[order][:, -kv_heads:]
 
 
-def assert_join(join, scenes, geometry, spec, text_scale=1.0):
-    got = norm_rope_join(*join, geometry.streams, geometry.positions, spec)
+def assert_join(join, scenes, geometry, spec, impl, text_scale=1.0):
+    skip_unless_able(select.NORM_ROPE, impl, join.video_qkv)
+    got = norm_rope_join(*join, geometry.streams, geometry.positions, spec, impl)
     expected = truth(join, scenes, oracle.positions(scenes, text_scale), spec)
     for three in zip(got, expected, plain(join, geometry, spec), strict=True):
         compare(*three)
@@ -66,42 +68,54 @@ def assert_join(join, scenes, geometry, spec, text_scale=1.0):
     assert torch.equal(got[2][geometry.streams.video_rows], join.video_qkv[:, -kv_heads:])
 
 
+@each_impl
 @each_spec
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_equals_the_oracle(spec, dtype):
+def test_equals_the_oracle(impl, spec, dtype):
     geometry = build(SCENES).geometry()
-    assert_join(Join.random(geometry, spec, dtype=dtype), SCENES, geometry, spec)
+    assert_join(Join.random(geometry, spec, dtype=dtype), SCENES, geometry, spec, impl)
 
 
+@each_impl
+@each_scope
+@pytest.mark.parametrize("dim", [16, 40, 64, 96, 128])
+def test_head_dims(impl, spec, dim):
+    geometry = build(SCENES).geometry()
+    assert_join(Join.random(geometry, spec, dim=dim), SCENES, geometry, spec, impl)
+
+
+@each_impl
 @each_scope
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("text_scale", [0.0, 0.5, 1.0])
-def test_key_heads_and_text_scale(spec, kv_heads, text_scale):
+def test_key_heads_and_text_scale(impl, spec, kv_heads, text_scale):
     geometry = build(SCENES).geometry(text_scale=text_scale)
-    assert_join(Join.random(geometry, spec, kv_heads), SCENES, geometry, spec, text_scale)
+    assert_join(Join.random(geometry, spec, kv_heads), SCENES, geometry, spec, impl, text_scale)
 
 
+@each_impl
 @each_scope
 @given(problem=problems(scene_lists(max_scenes=2)))
 @settings(max_examples=40)
-def test_random_layouts(spec, problem):
+def test_random_layouts(impl, spec, problem):
     scenes, _, seed = problem
     scenes = [*scenes, *SCENES]
     geometry = build(scenes).geometry()
-    assert_join(Join.random(geometry, spec, seed=seed % 1000), scenes, geometry, spec)
+    assert_join(Join.random(geometry, spec, seed=seed % 1000), scenes, geometry, spec, impl)
 
 
 ONE_STREAM = {"no text": [[(0, (2, 3, 4), "shot"), (0, (1, 4, 4), "shot")]], "no video": [[(9, (0, 4, 4), "shot")] * 3]}
 
 
+@each_impl
 @each_scope
 @pytest.mark.parametrize("scenes", ONE_STREAM.values(), ids=ONE_STREAM)
-def test_an_empty_stream(spec, scenes):
+def test_an_empty_stream(impl, spec, scenes):
     geometry = build(scenes).geometry()
     join = Join.random(geometry, spec)
-    assert_join(join, scenes, geometry, spec)
+    assert_join(join, scenes, geometry, spec, impl)
     leaves = leaves_of(join)
-    sum(x.square().sum() for x in apply(leaves, geometry, spec)).backward()
+    sum(x.square().sum() for x in apply(leaves, geometry, spec, impl)).backward()
     for qkv, norms in ((leaves[0], leaves[2:4]), (leaves[1], leaves[4:])):
         assert qkv.grad.shape == qkv.shape
         assert all(bool(norm.grad.any()) == (len(qkv) > 0) for norm in norms)
@@ -120,12 +134,14 @@ def test_angles_are_right_to_1e_5_up_to_position_1e5(position):
     )
 
 
+@each_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_rotation_is_right_at_position_1e5(dtype):
+def test_rotation_is_right_at_position_1e5(impl, dtype):
     geometry, spec = build(SCENES).geometry(), SPECS["per head"]
     far = geometry.positions + 99_900
     join = Join.random(geometry, spec, dtype=dtype)
-    got = norm_rope_join(*join, geometry.streams, far, spec)
+    skip_unless_able(select.NORM_ROPE, impl, join.video_qkv)
+    got = norm_rope_join(*join, geometry.streams, far, spec, impl)
     expected = truth(join, SCENES, oracle.positions(SCENES) + 99_900, spec)
     # At the origin plain torch rotates as exactly as it can, so its error there is the yardstick.
     near, near_truth = plain(join, geometry, spec), truth(join, SCENES, oracle.positions(SCENES), spec)
@@ -156,10 +172,11 @@ def leaves_of(join):
     return [x.detach().clone().requires_grad_() for x in tensors]
 
 
-def apply(leaves, geometry, spec):
+def apply(leaves, geometry, spec, impl="auto"):
+    skip_unless_able(select.NORM_ROPE, impl, leaves[1])
     text_qkv, video_qkv, *norms = leaves
     return norm_rope_join(
-        text_qkv, video_qkv, tuple(norms[:2]), tuple(norms[2:]), geometry.streams, geometry.positions, spec
+        text_qkv, video_qkv, tuple(norms[:2]), tuple(norms[2:]), geometry.streams, geometry.positions, spec, impl
     )
 
 
@@ -173,9 +190,10 @@ def test_gradcheck(scope, axes):
     assert torch.autograd.gradcheck(lambda *x: apply(x, geometry, spec), leaves)
 
 
+@each_impl
 @each_spec
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
-def test_gradients_in_low_precision(spec, dtype):
+def test_gradients_in_low_precision(impl, spec, dtype):
     geometry = build(SCENES).geometry()
     join = Join.random(geometry, spec, dtype=dtype)
     dout = [normal(*x.shape, dtype=dtype, seed=9 + i) for i, x in enumerate(apply(leaves_of(join), geometry, spec))]
@@ -188,7 +206,7 @@ def test_gradients_in_low_precision(spec, dtype):
     yardstick = gradients(
         leaves_of(join), lambda x: plain(Join(x[0], x[1], tuple(x[2:4]), tuple(x[4:])), geometry, spec)
     )
-    got = gradients(leaves_of(join), lambda leaves: apply(leaves, geometry, spec))
+    got = gradients(leaves_of(join), lambda leaves: apply(leaves, geometry, spec, impl))
     for x, true, allowed in zip(got, exact, yardstick, strict=True):
         # Weight gradients are fp32, but of products that were rounded to the dtype of QKV.
         compare(x.to(dtype), true, allowed.to(dtype), kind="gradient")
@@ -201,17 +219,21 @@ def poisoned_caches(rows, kv_heads=2, dim=16, dtype=torch.float32):
     return [torch.full((rows, kv_heads, dim), float("nan"), dtype=dtype) for _ in range(2)]
 
 
+@each_impl
 @each_scope
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_append_writes_the_bytes_of_join_and_nothing_else(spec, dtype):
+def test_append_writes_the_bytes_of_join_and_nothing_else(impl, spec, dtype):
     """Two scenes, the second version of their last shots too, in a cache with rows to spare."""
     layout = build([scene[:1] + scene[-1:] for scene in SCENES])
     capacity = 80
     geometry = layout.tail(1, capacity, alternatives=[scene[-1] for scene in layout.scenes])
     join = Join.random(geometry, spec, dtype=dtype)
-    q, k, v = norm_rope_join(*join, geometry.streams, geometry.positions, spec)
+    skip_unless_able(select.NORM_ROPE, impl, join.video_qkv)
+    q, k, v = norm_rope_join(*join, geometry.streams, geometry.positions, spec, impl)
     caches = poisoned_caches(2 * capacity, dtype=dtype)
-    got = norm_rope_append_(*join, geometry.streams, geometry.positions, spec, geometry.slots, *caches)
+    got = norm_rope_append_(
+        *join, geometry.streams, geometry.positions, spec, KVRows(*caches, geometry.slots), impl=impl
+    )
     assert same_bytes(got, q)
     untouched = torch.ones(2 * capacity, dtype=torch.bool).index_fill(0, geometry.slots, False)
     for cache, rows in zip(caches, (k, v), strict=True):

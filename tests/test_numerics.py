@@ -4,7 +4,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from numerics import compare
+
+from lct.kernels.numerics import compare
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCENES = [[(5, (1, 1, 1), "global"), (7, (2, 3, 4), "shot"), (3, (3, 3, 3), "shot"), (9, (1, 4, 4), "shot")]]

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from tensors import IMPLS, Inputs, Join, build, dtype_id, normal
+from tensors import IMPLS, Inputs, Join, build, dtype_id, normal, skip_unless_able
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from lct.kernels import NormRope, attention, norm_rope_join
+from lct.kernels import NormRope, attention, norm_rope_join, select
 
 ops = torch.ops.lct
 LAYOUT = build([[(3, (1, 1, 1), "global"), (4, (2, 2, 2), "shot"), (2, (1, 3, 3), "shot")]])
 SPEC = NormRope(4, (2, 4, 4))
-OPTIONS = (SPEC.heads, list(SPEC.axes), SPEC.theta, SPEC.eps, SPEC.scope)
+OPTIONS = (SPEC.heads, list(SPEC.axes), SPEC.theta, SPEC.eps, SPEC.scope, "reference")
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 strided = {  # the same values under strides that a fake must not copy by accident
@@ -70,9 +70,45 @@ def test_opcheck_norm_rope_join_backward(stride, check):
 @each_check
 @each_stride
 def test_opcheck_norm_rope_append(stride, check):
-    caches = [stride(torch.zeros(LAYOUT.rows + 5, 2, 16)) for _ in range(2)]
-    slots = torch.arange(LAYOUT.rows).flip(0)
-    opcheck(ops.norm_rope_append_.default, (*join_arguments(stride), slots, *caches, *OPTIONS), test_utils=check)
+    cache, pool = (stored(stride) for _ in range(2))
+    opcheck(ops.norm_rope_append_.default, (*join_arguments(stride), *cache, *pool, *OPTIONS), test_utils=check)
+    nowhere = None, None, None
+    opcheck(ops.norm_rope_append_.default, (*join_arguments(stride), *cache, *nowhere, *OPTIONS), test_utils=check)
+
+
+def stored(stride):
+    return *(stride(torch.zeros(LAYOUT.rows + 5, 2, 16)) for _ in range(2)), torch.arange(LAYOUT.rows).flip(0)
+
+
+@each_check
+@each_stride
+def test_opcheck_assemble(stride, check):
+    cache, pool, positions = stored(stride), stored(stride), LAYOUT.positions()
+    options = OPTIONS[1], OPTIONS[2], OPTIONS[-1]
+    opcheck(ops.assemble_.default, (*pool, *cache, positions, *options), test_utils=check)
+
+
+MODULATION = {
+    "modulate": lambda x, y, per_shot, starts: (x, *per_shot, starts),
+    "modulate_backward": lambda x, y, per_shot, starts: (y, x, per_shot[1], starts),
+    "gated": lambda x, y, per_shot, starts: (x, y, per_shot[0], starts),
+    "gated_backward": lambda x, y, per_shot, starts: (x, y, per_shot[0], starts),
+}
+each_2d_stride = pytest.mark.parametrize(
+    "stride", [lambda x: x, lambda x: x.T.contiguous().T, strided["every other row"]], ids=["rows", "columns", "skips"]
+)
+
+
+@each_check
+@each_2d_stride
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("name", MODULATION)
+def test_opcheck_modulation(name, impl, stride, check):
+    starts = LAYOUT.streams().video_starts
+    x, y = (stride(normal(int(starts[-1]), 8, seed=i)) for i in range(2))
+    skip_unless_able(select.MODULATE, impl, x)
+    per_shot = normal(len(starts) - 1, 24).chunk(3, dim=1)[:2]
+    opcheck(getattr(ops, name).default, (*MODULATION[name](x, y, per_shot, starts), impl), test_utils=check)
 
 
 # What opcheck samples once, said of every implementation and dtype: real results look like the fakes.
@@ -83,7 +119,8 @@ def test_opcheck_norm_rope_append(stride, check):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_fake_stride_mismatch(impl, dtype, stride):
     plan = LAYOUT.plan()
-    q, k, v, dout, dlse = (stride(x) if x.ndim == 3 else x for x in Inputs.random(plan, dim=8, dtype=dtype))
+    q, k, v, dout, dlse = (stride(x) if x.ndim == 3 else x for x in Inputs.random(plan, dim=16, dtype=dtype))
+    skip_unless_able(select.ATTENTION, impl, q, k, v)
     tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
 
     def results(device):
@@ -137,6 +174,8 @@ def compilations(backend, impl):
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
 def test_recompile_storm(impl):
     """One compilation for the first layout, one with symbolic sizes, and none for any other."""
+    if impl == "triton":
+        pytest.skip("interpreted, these layouts take minutes")
     assert compilations("aot_eager", impl) <= 2
 
 

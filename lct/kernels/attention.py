@@ -77,7 +77,7 @@ def attention(
     scale          default D^-0.5
     deterministic  backward sums in a fixed order, bitwise repeatable (every implementation so far does so anyway)
     return_lse     also return log Σ exp(scale · q kᵀ), [A, S] in fp32 (fp64 for fp64), differentiable
-    impl           "auto", "sdpa", "reference"; one that cannot run raises with its reasons
+    impl           "auto" or a name in `select.ATTENTION`; one that cannot run raises with its reasons
 
     Returns out [S, A, D] in q's dtype. Rows that see nothing get out 0 and lse −inf. Rows nobody sees are never read.
     Raises ValueError or TypeError where shapes, dtypes, devices and plan do not agree. Defined by
@@ -89,7 +89,7 @@ def attention(
         raise TypeError(f"plan: expected a Plan or a SceneLayout, got {plan!r}")
     _check(q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = select.choose(impl, q, k, v)
+    name = select.choose(select.ATTENTION, impl, q, k, v)
     tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
     out, lse = _Attention.apply(q, k, v, *tables, scale, deterministic, name)
     return (out, lse) if return_lse else out

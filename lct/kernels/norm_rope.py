@@ -1,4 +1,4 @@
-"""QK-norm, 3D RoPE and the way into joint order or the KV cache: what stands between QKV projection and attention."""
+"""QK-norm, 3D RoPE and the way into joint order: what stands between QKV projection and attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lct.kernels import reference
+from lct.kernels import reference, select
 from lct.layout import Streams
 
 Weights = tuple[Tensor, Tensor]  # (q, k) norm weights of one stream
@@ -37,47 +37,37 @@ class NormRope:
             raise ValueError(f"axes: expected three even channel counts (t, y, x), got {self.axes}")
 
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor text_qkv, Tensor video_qkv, Tensor text_q_norm, Tensor text_k_norm, Tensor video_q_norm, "
     "Tensor video_k_norm, Tensor text_rows, Tensor video_rows, Tensor positions"
 )
-_OPTIONS = "int heads, int[] axes, float theta, float eps, str scope"
+OPTIONS = "int heads, int[] axes, float theta, float eps, str scope, str impl"
 
-torch.library.define("lct::norm_rope_join", f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define("lct::norm_rope_join", f"({ARGUMENTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "lct::norm_rope_join_backward",
-    f"(Tensor dq, Tensor dk, Tensor dv, {_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "lct::norm_rope_append_",
-    f"({_ARGUMENTS}, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, {_OPTIONS}) -> Tensor",
+    f"(Tensor dq, Tensor dk, Tensor dv, {ARGUMENTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 def _join(*arguments):
-    tensors, (positions, *options) = arguments[:8], arguments[8:]
-    return reference.norm_rope_join(_streams(tensors), positions, *options)
+    tensors, (positions, *options, impl) = arguments[:8], arguments[8:]
+    return select.NORM_ROPE[impl].norm_rope_join(given_streams(tensors), positions, *options)
 
 
 def _join_backward(dq, dk, dv, *arguments):
-    tensors, (positions, *options) = arguments[:8], arguments[8:]
-    return reference.norm_rope_join_backward(dq, dk, dv, _streams(tensors), positions, *options)
+    tensors, (positions, *options, impl) = arguments[:8], arguments[8:]
+    return select.NORM_ROPE[impl].norm_rope_join_backward(dq, dk, dv, given_streams(tensors), positions, *options)
 
 
-def _append(*arguments):
-    tensors, (positions, slots, k_cache, v_cache, *options) = arguments[:8], arguments[8:]
-    q, k_cache[slots], v_cache[slots] = reference.norm_rope_join(_streams(tensors), positions, *options)
-    return q
-
-
-def _streams(tensors) -> tuple[reference.Stream, reference.Stream]:
+def given_streams(tensors) -> tuple[reference.Stream, reference.Stream]:
+    """The two streams of an operation's first eight arguments."""
     text_qkv, video_qkv, text_q_norm, text_k_norm, video_q_norm, video_k_norm, text_rows, video_rows = tensors
     return (text_qkv, (text_q_norm, text_k_norm), text_rows), (video_qkv, (video_q_norm, video_k_norm), video_rows)
 
 
 torch.library.impl("lct::norm_rope_join", "default", _join)
 torch.library.impl("lct::norm_rope_join_backward", "default", _join_backward)
-torch.library.impl("lct::norm_rope_append_", "default", _append)
 
 
 @torch.library.register_fake("lct::norm_rope_join")
@@ -92,13 +82,6 @@ def _join_backward_fake(dq, dk, dv, text_qkv, video_qkv, tqn, tkn, vqn, vkn, *re
     return tuple(x.new_empty(x.shape) for x in (text_qkv, video_qkv, tqn, tkn, vqn, vkn))
 
 
-@torch.library.register_fake("lct::norm_rope_append_")
-def _append_fake(
-    text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, slots, k_cache, v_cache, heads, *o
-):
-    return video_qkv.new_empty(text_qkv.shape[0] + video_qkv.shape[0], heads, video_qkv.shape[-1])
-
-
 class _NormRopeJoin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, *options):
@@ -110,7 +93,7 @@ class _NormRopeJoin(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):
         grads = torch.ops.lct.norm_rope_join_backward(dq, dk, dv, *ctx.saved_tensors, *ctx.options)
-        return *grads, None, None, None, None, None, None, None, None
+        return *grads, *[None] * 9
 
 
 def norm_rope_join(
@@ -121,6 +104,7 @@ def norm_rope_join(
     streams: Streams,
     positions: Tensor,
     spec: NormRope,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k = RoPE(RMSNorm(·)), v unchanged; the two streams in, joint order out (§ 3.2.2, Fig. 3).
 
@@ -129,54 +113,18 @@ def norm_rope_join(
     streams                joint row of every stream row
     positions              float32 [S, 3], (t, y, x) of every joint row; text at (0, 0, 0) is left unrotated
     spec                   heads, axes, theta, eps, scope
+    impl                   "auto" or a name in `select.NORM_ROPE`; one that cannot run raises with its reasons
 
     Returns q [S, A, D], k and v [S, A_kv, D], new tensors. Differentiable in QKV and norm weights; deterministic.
     Norm statistics and rotation run in fp32 (fp64 for fp64). Raises ValueError or TypeError where shapes disagree.
     Defined by `reference.norm_rope_join`.
     """
-    tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
-    return _NormRopeJoin.apply(*tensors, *options)
+    tensors, options = checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
+    return _NormRopeJoin.apply(*tensors, *options, select.choose(select.NORM_ROPE, impl, video_qkv))
 
 
-def norm_rope_append_(
-    text_qkv: Tensor,
-    video_qkv: Tensor,
-    text_norm: Weights,
-    video_norm: Weights,
-    streams: Streams,
-    positions: Tensor,
-    spec: NormRope,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-) -> Tensor:
-    """The same as `norm_rope_join`, with keys and values written into cache rows; returns q [S, A, D]. Inference only.
-
-    slots             int64 [S], the cache row of each joint row
-    k_cache, v_cache  [B·capacity, A_kv, D], changed in place; rows not in `slots` keep their bytes
-    """
-    tensors, options = _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec)
-    kv = reference.kv_shape(video_qkv, spec.heads)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.ndim != 3 or tuple(cache.shape[1:]) != kv:
-            raise ValueError(f"{name}: expected [rows, {kv[0]}, {kv[1]}], got {tuple(cache.shape)}")
-        if cache.dtype != video_qkv.dtype or cache.device != video_qkv.device:
-            raise TypeError(
-                f"{name}: expected {video_qkv.dtype} on {video_qkv.device}, got {cache.dtype} on {cache.device}"
-            )
-    if k_cache.shape[0] != v_cache.shape[0] or k_cache is v_cache:
-        raise ValueError(f"v_cache: expected another tensor of {k_cache.shape[0]} rows, got {v_cache.shape[0]} rows")
-    if slots.shape != (len(positions),) or slots.dtype != torch.int64:
-        raise ValueError(f"slots: expected int64 [{len(positions)}], got {slots.dtype} {list(slots.shape)}")
-    # On a GPU this look would wait for the device; `SceneLayout.tail` has checked the capacity there.
-    if slots.device.type == "cpu" and len(slots) and not 0 <= slots.min() <= slots.max() < len(k_cache):
-        raise ValueError(f"slots: expected rows of a cache of {len(k_cache)}, got {slots.min()} to {slots.max()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError("norm_rope_append_: inference only, its inputs require grad; call it under torch.no_grad()")
-    return torch.ops.lct.norm_rope_append_(*tensors, slots, k_cache, v_cache, *options)
-
-
-def _checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec):
+def checked(text_qkv, video_qkv, text_norm, video_norm, streams, positions, spec):
+    """The tensors and options of a registered op; ValueError or TypeError where they do not agree."""
     for name, qkv, at in (("text_qkv", text_qkv, streams.text_rows), ("video_qkv", video_qkv, streams.video_rows)):
         if (
             qkv.ndim != 3

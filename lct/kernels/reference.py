@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lct.plan import Run, read_table
@@ -15,7 +16,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+def reasons(*tensors: Tensor) -> list[str]:
     """It can take everything."""
     return []
 
@@ -178,6 +179,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, scope: 
 
 
 Stream = tuple[Tensor, tuple[Tensor, Tensor], Tensor]  # QKV [R, A + 2·A_kv, D], (q, k) norm weights, joint rows [R]
+KVRows = tuple[Tensor, Tensor, Tensor]  # keys and values [rows, A_kv, D], slots [S]
 
 
 def kv_shape(qkv: Tensor, heads: int) -> tuple[int, int]:
@@ -208,6 +210,38 @@ def norm_rope_join(
     return q, k, v
 
 
+def norm_rope_append_(
+    streams: Sequence[Stream],
+    positions: Tensor,
+    cache: KVRows,
+    pool: KVRows | None,
+    heads: int,
+    axes: Sequence[int],
+    theta: float,
+    eps: float,
+    scope: str,
+) -> Tensor:
+    """q of `norm_rope_join`; its k and v go into rows of the cache, k before its rotation and v into the pool's."""
+    q, *kv = norm_rope_join(streams, positions, heads, axes, theta, eps, scope)
+    _write(cache, *kv)
+    if pool is not None:
+        _write(pool, *norm_rope_join(streams, positions, heads, (0, 0, 0), theta, eps, scope)[1:])
+    return q
+
+
+def assemble_(pool: KVRows, cache: KVRows, positions: Tensor, axes: Sequence[int], theta: float) -> None:
+    """cache[slots] = rotate(keys of the pool), values of the pool."""
+    keys, values, rows = pool
+    k, v = (x[rows.to(x.device)].to(cache[0].device) for x in (keys, values))
+    _write(cache, rotate(k, rope_turns(positions, axes, theta, k.dtype)), v)
+
+
+def _write(to: KVRows, k: Tensor, v: Tensor) -> None:
+    keys, values, slots = to
+    for out, x in ((keys, k), (values, v)):
+        out[slots.to(out.device)] = x.to(out.device)
+
+
 def norm_rope_join_backward(
     dq: Tensor,
     dk: Tensor,
@@ -234,3 +268,49 @@ def norm_rope_join_backward(
         d_parts[2].copy_(dv[rows])
         d_qkv.append(d_stream)
     return *d_qkv, *d_weights
+
+
+# -- modulation --------------------------------------------------------------------------------------------------------
+
+LAYER_NORM_EPS = 1e-6
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, starts: Tensor) -> Tensor:
+    """LayerNorm(x) · (1 + scale[shot]) + shift[shot]; x [R, C], shift and scale [N, C], starts [N + 1] -> [R, C]."""
+    shot = shot_of_rows(starts, len(x))
+    normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+    return (normed * (1 + F.embedding(shot, scale)) + F.embedding(shot, shift)).to(x.dtype).contiguous()
+
+
+def modulate_backward(dout: Tensor, x: Tensor, scale: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With x̂ = (x − mean) r and g = dout · (1 + scale): dx = r (g − mean g − x̂ · mean(g x̂)), and sums over each shot's
+    rows, dshift = Σ dout, dscale = Σ dout · x̂."""
+    shot, width = shot_of_rows(starts, len(x)), x.shape[-1:]
+    wide, dout = x.to(scale.dtype), dout.to(scale.dtype)
+    normed, mean, inverse = torch.native_layer_norm(wide, width, None, None, LAYER_NORM_EPS)
+    g = (dout * (1 + F.embedding(shot, scale))).contiguous()
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        g, wide, width, mean, inverse, None, None, [True, False, False]
+    )
+    return dx.to(x.dtype).contiguous(), _sum_by_shot(dout, shot, scale), _sum_by_shot(dout * normed, shot, scale)
+
+
+def gated(x: Tensor, branch: Tensor, gate: Tensor, starts: Tensor) -> Tensor:
+    """x + gate[shot] · branch; x and branch [R, C], gate [N, C], starts [N + 1] -> [R, C]."""
+    return (x + F.embedding(shot_of_rows(starts, len(x)), gate) * branch).to(x.dtype).contiguous()
+
+
+def gated_backward(dout: Tensor, branch: Tensor, gate: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """dbranch = gate[shot] · dout, and dgate = Σ dout · branch over each shot's rows."""
+    shot, dout = shot_of_rows(starts, len(branch)), dout.to(gate.dtype)
+    d_branch = (dout * F.embedding(shot, gate)).to(branch.dtype).contiguous()
+    return d_branch, _sum_by_shot(dout * branch, shot, gate)
+
+
+def shot_of_rows(starts: Tensor, rows: int) -> Tensor:
+    """The shot of every row, [R]."""
+    return torch.repeat_interleave(starts.diff(), output_size=rows)
+
+
+def _sum_by_shot(x: Tensor, shot: Tensor, like: Tensor) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(x.contiguous(), shot, len(like), -1, False)

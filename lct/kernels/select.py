@@ -3,38 +3,73 @@ implementation that is validated for the device and dtype. Nothing falls back in
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
-import torch
 from torch import Tensor
 
-from lct.kernels import reference, sdpa
+from lct.kernels import native_norm_rope, reference, remembered, sdpa
 
-# Fastest first. `reference` can do everything and stands last. Each module tells by `reasons` why it cannot take some
-# tensors, and by `validated` whether it has passed its tests on a kind of device.
-ATTENTION: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference}
+try:
+    from lct.kernels import triton_attention, triton_modulate, triton_norm_rope
+except ImportError as error:
+    why = f"Triton does not import ({error}); pip install triton"
+    triton_attention = triton_modulate = triton_norm_rope = SimpleNamespace(
+        reasons=lambda *tensors: [why], validated=lambda device, dtype: False
+    )
 
 
-def choose(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The name of the implementation to run; ValueError names what stands against an explicit choice."""
-    if impl == "auto":
-        return next(n for n, m in ATTENTION.items() if m.validated(q.device, q.dtype) and not m.reasons(q, k, v))
-    if impl not in ATTENTION:
-        raise ValueError(f"impl: expected 'auto' or one of {tuple(ATTENTION)}, got {impl!r}")
-    against = ATTENTION[impl].reasons(q, k, v)
+class Operation(dict[str, ModuleType | SimpleNamespace]):
+    """Implementations by name, fastest first. `reference` can do everything and stands last.
+
+    Each tells by `reasons` why it cannot take some tensors, and by `validated` whether it has passed its tests on that
+    kind of device wherever it was tried; `lct doctor --validate` adds what has passed on this machine.
+    """
+
+    def __init__(self, name: str, **implementations: ModuleType | SimpleNamespace):
+        super().__init__(implementations)
+        self.name = name
+
+    def against_auto(self, impl: str, *tensors: Tensor) -> list[str]:
+        """Why `auto` does not take an implementation for these tensors; empty where it may."""
+        device, dtype = tensors[0].device, tensors[0].dtype
+        if against := self[impl].reasons(*tensors):
+            return against
+        if self[impl].validated(device, dtype) or remembered.passed(self.name, impl, device, dtype):
+            return []
+        name = str(dtype).removeprefix("torch.")
+        return [f"not validated on this {device.type} in {name}: ask for it by name, or run `lct doctor --validate`"]
+
+    def auto(self, *tensors: Tensor) -> str:
+        """The fastest validated implementation for these tensors."""
+        return next(impl for impl in self if not self.against_auto(impl, *tensors))
+
+
+ATTENTION = Operation("attention", triton=triton_attention, sdpa=sdpa, reference=reference)
+NORM_ROPE = Operation(
+    "norm_rope",
+    cuda=native_norm_rope.cuda,
+    triton=triton_norm_rope,
+    cpu=native_norm_rope.cpu,
+    reference=reference,
+)
+MODULATE = Operation("modulate", triton=triton_modulate, reference=reference)
+OPERATIONS = (ATTENTION, NORM_ROPE, MODULATE)
+NAMES = tuple(dict.fromkeys(name for operation in OPERATIONS for name in operation))
+
+
+def choose(operation: Operation, impl: str, *tensors: Tensor) -> str:
+    """The name of the implementation to run; ValueError names what stands against an explicit choice.
+
+    One name is given for a whole model: an operation that has no implementation of that name ("sdpa" is one of
+    attention alone) takes what "auto" would.
+    """
+    if impl != "auto" and impl not in NAMES:
+        raise ValueError(f"impl: expected 'auto' or one of {NAMES}, got {impl!r}")
+    if impl not in operation:
+        return operation.auto(*tensors)
+    against = operation[impl].reasons(*tensors)
     if against:
         raise ValueError(
-            f"impl={impl!r} cannot run: {'; '.join(against)}. Use impl='auto' or another of {tuple(ATTENTION)}"
+            f"impl={impl!r} cannot run: {'; '.join(against)}. Use impl='auto' or another of {tuple(operation)}"
         )
     return impl
-
-
-def against_auto(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
-    """Per implementation, why `auto` does not take it for this device and dtype; empty where it may."""
-    probe = torch.zeros(1, 1, 64, dtype=dtype, device=device)
-    report = {}
-    for name, module in ATTENTION.items():
-        report[name] = module.reasons(probe, probe, probe)
-        if not report[name] and not module.validated(device, dtype):
-            report[name] = [f"not validated on {device.type} in {dtype}; ask for it by name"]
-    return report

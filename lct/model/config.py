@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lct.kernels import NormRope
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -53,6 +57,12 @@ class ModelConfig:
         """Channels of one video token before the first projection."""
         frames, height, width = self.patch
         return frames * height * width * self.latent_channels
+
+    def norm_rope(self) -> NormRope:
+        """What `norm_rope_join` needs to know of the model."""
+        from lct.kernels import NormRope
+
+        return NormRope(self.heads, self.rope_axes, self.rope_theta, self.norm_eps, self.norm_scope)
 
 
 def tiny() -> ModelConfig:

@@ -1,4 +1,4 @@
-"""The parts of a block. Each shot is modulated by its own time: per-shot rows are looked up by token (§ 3.2.3)."""
+"""The layers of a block that are torch's own, and the features of a shot's time (§ 3.2.3)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, shot: Tensor) -> Tensor:
-    """LayerNorm(x) · (1 + scale[shot]) + shift[shot]; x [R, C], shift and scale [N, C], shot [R] -> [R, C] as x."""
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return (normed * (1 + F.embedding(shot, scale)) + F.embedding(shot, shift)).to(x.dtype)
-
-
-def gated(x: Tensor, branch: Tensor, gate: Tensor, shot: Tensor) -> Tensor:
-    """x + gate[shot] · branch; [R, C]."""
-    return (x + F.embedding(shot, gate) * branch).to(x.dtype)
 
 
 def time_features(times: Tensor, channels: int) -> Tensor:

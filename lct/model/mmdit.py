@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lct.kernels import NormRope, attention, norm_rope_append_, norm_rope_join
+from lct.kernels import KVRows, attention, gated, modulate, norm_rope_append_, norm_rope_join
 from lct.kernels.reference import statistics_dtype
 from lct.layout import Geometry, SceneLayout
 from lct.model.cache import KVCache
 from lct.model.config import ModelConfig
-from lct.model.layers import MLP, Linear, gated, modulate, time_features
+from lct.model.layers import MLP, Linear, time_features
 from lct.model.text import TextEncoder, WordEncoder
 
 
@@ -34,23 +35,24 @@ class StreamBlock(nn.Module):
             self.out = Linear(inner, c.width)
             self.mlp = MLP(c.width, c.mlp_width)
 
-    def project(self, x: Tensor, shot: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def project(self, x: Tensor, starts: Tensor, impl: str, shift: Tensor, scale: Tensor) -> Tensor:
         """[R, C] -> [R, A + 2·A_kv, D]."""
-        return self.qkv(modulate(x, shift, scale, shot)).unflatten(-1, (-1, self.head_dim))
+        return self.qkv(modulate(x, shift, scale, starts, impl)).unflatten(-1, (-1, self.head_dim))
 
     def finish(
         self,
         x: Tensor,
         attended: Tensor,
-        shot: Tensor,
+        starts: Tensor,
+        impl: str,
         gate: Tensor,
         mlp_shift: Tensor,
         mlp_scale: Tensor,
         mlp_gate: Tensor,
     ) -> Tensor:
         """The stream after attention and MLP, [R, C]."""
-        x = gated(x, self.out(attended.flatten(-2)), gate, shot)
-        return gated(x, self.mlp(modulate(x, mlp_shift, mlp_scale, shot)), mlp_gate, shot)
+        x = gated(x, self.out(attended.flatten(-2)), gate, starts, impl)
+        return gated(x, self.mlp(modulate(x, mlp_shift, mlp_scale, starts, impl)), mlp_gate, starts, impl)
 
 
 class Block(nn.Module):
@@ -59,7 +61,7 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig, last: bool = False):
         super().__init__()
         self.text, self.video = StreamBlock(c, finishes=not last), StreamBlock(c)
-        self.spec = NormRope(c.heads, c.rope_axes, c.rope_theta, c.norm_eps, c.norm_scope)
+        self.spec = c.norm_rope()
 
     def forward(
         self,
@@ -67,15 +69,16 @@ class Block(nn.Module):
         video: Tensor,
         shots: Tensor,
         geometry: Geometry,
-        cache: tuple[Tensor, Tensor] | None,
+        cache: KVRows | None,
+        pool: KVRows | None,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         s = geometry.streams
         text_m = self.text.modulation(shots).chunk(6 if self.text.finishes else 2, dim=-1)
         video_m = self.video.modulation(shots).chunk(6, dim=-1)
         joined = (
-            self.text.project(text, s.text_shot, *text_m[:2]),
-            self.video.project(video, s.video_shot, *video_m[:2]),
+            self.text.project(text, s.text_starts, impl, *text_m[:2]),
+            self.video.project(video, s.video_starts, impl, *video_m[:2]),
             (self.text.q_norm, self.text.k_norm),
             (self.video.q_norm, self.video.k_norm),
             s,
@@ -83,15 +86,14 @@ class Block(nn.Module):
             self.spec,
         )
         if cache is None:
-            q, k, v = norm_rope_join(*joined)
+            q, k, v = norm_rope_join(*joined, impl=impl)
         else:
-            k, v = cache
-            assert geometry.slots is not None
-            q = norm_rope_append_(*joined, geometry.slots, k, v)
+            q, k, v = norm_rope_append_(*joined, cache, pool, impl=impl), cache.keys, cache.values
         attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=impl))
         if self.text.finishes:
-            text = self.text.finish(text, attended.index_select(0, s.text_rows), s.text_shot, *text_m[2:])
-        return text, self.video.finish(video, attended.index_select(0, s.video_rows), s.video_shot, *video_m[2:])
+            text = self.text.finish(text, attended.index_select(0, s.text_rows), s.text_starts, impl, *text_m[2:])
+        video_attended = attended.index_select(0, s.video_rows)
+        return text, self.video.finish(video, video_attended, s.video_starts, impl, *video_m[2:])
 
 
 class MMDiT(nn.Module):
@@ -140,6 +142,7 @@ class MMDiT(nn.Module):
         times: Tensor,
         geometry: Geometry | SceneLayout,
         cache: KVCache | None = None,
+        pool: Sequence[KVRows] | None = None,
         impl: str = "auto",
     ) -> Tensor:
         """v_Θ(z_t, t, c_text) of Eq. 1, for every shot at its own t.
@@ -150,7 +153,8 @@ class MMDiT(nn.Module):
         geometry  of the rows given here; a SceneLayout stands for `layout.geometry(device)`
         cache     keys and values of earlier shots; the rows given here are written into it at `geometry.slots`,
                   which commits nothing: see `KVCache`
-        impl      of `attention`
+        pool      per block, where keys before their rotation, and values, go as well: see `HistoryPool`
+        impl      who computes the operations; see `select.choose`
 
         Returns [S_video, patch channels]. Global prompts get a velocity like any shot; callers discard it.
         """
@@ -158,15 +162,18 @@ class MMDiT(nn.Module):
             geometry = geometry.geometry(video.device)
         if not torch.compiler.is_compiling():  # sizes read here would become guards, one compilation a layout
             self._check(video, text, times, geometry, cache)
+            if pool is not None and cache is None:
+                raise ValueError("pool: goes with a cache, into which the same rows are written")
         shots = self.time_in(
             time_features(times.to(statistics_dtype(self.video_out.weight.dtype)), self.config.time_channels)
         )
         x_video, x_text = self.video_in(video), self.text_in(text.to(video.dtype))
-        for index, block in enumerate(self.blocks):
-            rows = None if cache is None else (cache.keys[index], cache.values[index])
-            x_text, x_video = block(x_text, x_video, shots, geometry, rows, impl)
+        nowhere = [None] * len(self.blocks)
+        caches = nowhere if cache is None else cache.at(cast(Tensor, geometry.slots))
+        for block, *kv in zip(self.blocks, caches, pool or nowhere, strict=True):
+            x_text, x_video = block(x_text, x_video, shots, geometry, *kv, impl)
         shift, scale = self.last_modulation(shots).chunk(2, dim=-1)
-        return self.video_out(modulate(x_video, shift, scale, geometry.streams.video_shot))
+        return self.video_out(modulate(x_video, shift, scale, geometry.streams.video_starts, impl))
 
     def _check(self, video: Tensor, text: Tensor, times: Tensor, geometry: Geometry, cache: KVCache | None) -> None:
         s, c = geometry.streams, self.config

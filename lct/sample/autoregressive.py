@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lct.layout import Geometry, SceneLayout
-from lct.model.cache import KVCache
+from lct.model.cache import HistoryPool, KVCache
 from lct.model.mmdit import MMDiT
 from lct.sample.request import (
     START,
@@ -75,21 +75,61 @@ class CachedHistory(_History):
         """Per scene, the velocity of its new shot, and of its null branch where there is one."""
         video = torch.cat([x for x in z for _ in range(self._copies)]).to(self.dtype)
         per_shot = times.repeat_interleave(self._copies).to(self.device)
-        v = self.model(video, self._features, per_shot, self._geometry, self.cache, self.impl)
+        v = self.model(video, self._features, per_shot, self._geometry, self.cache, impl=self.impl)
         parts = v.split([len(x) for x in z for _ in range(self._copies)])
         return [parts[i : i + self._copies] for i in range(0, len(parts), self._copies)]
 
     def commit(self, new: Sequence[Prompted], latents: Sequence[Tensor], time: float) -> None:
         """One pass over the finished shots at `time` writes the keys and values that later shots see."""
-        times = torch.full((len(new),), time, device=self.device)
-        video = torch.cat(list(latents)).to(self.dtype)
-        self.model(video, self._text(new), times, self._tail(new, None), self.cache, self.impl)
+        self._write(new, latents, time)
         self._remember(new)
         self.cache.commit()
+
+    def _write(self, new, latents, time, pool=None) -> None:
+        times = torch.full((len(new),), time, device=self.device)
+        video = torch.cat(list(latents)).to(self.dtype)
+        self.model(video, self._text(new), times, self._tail(new, None), self.cache, pool, self.impl)
 
     def _tail(self, new, alternatives) -> Geometry:
         scale = self.sampling.text_scale
         return self._layout(new).tail(self.cache.shots, self.cache.capacity, alternatives, self.device, scale)
+
+
+class PooledHistory(CachedHistory):
+    """The same cache, filled anew for every shot with those that it chooses from a pool of all finished ones (§ 3.4).
+
+    Chosen shots stand one after another at compact positions, as if there had been no others. Their keys and values
+    are those of the pass that finished them, in the context they saw then.
+    """
+
+    def __init__(
+        self,
+        model: MMDiT,
+        scenes: int,
+        capacity: int,
+        sampling: Sampling,
+        impl: str = "auto",
+        pool_device: str | torch.device | None = None,
+    ):
+        super().__init__(model, scenes, capacity, sampling, impl=impl)
+        self.pool = HistoryPool(model.config, scenes, capacity, self.dtype, pool_device or self.device)
+        self.finished: list[list[Prompted]] = [[] for _ in range(scenes)]
+
+    def choose(self, shots: Sequence[int]) -> None:
+        """The shots at hand see these finished ones, in this order; numbers as committed, from 0."""
+        self.cache.rewind(0)
+        self.shots = [[scene[i] for i in shots] for scene in self.finished]
+        if shots:
+            layout = SceneLayout([[p.shot for p in scene] for scene in self.shots], self.visibility)
+            chosen = [shots] * len(self.finished)
+            self.pool.assemble_(self.cache, chosen, layout, self.sampling.text_scale, self.impl)
+
+    def commit(self, new: Sequence[Prompted], latents: Sequence[Tensor], time: float) -> None:
+        """One pass at `time`, over the chosen shots, writes the keys and values into the pool."""
+        slots = self.pool.admit([p.shot.rows for p in new]).to(self.device)
+        self._write(new, latents, time, self.pool.at(slots))
+        for scene, shot in zip(self.finished, new, strict=True):
+            scene.append(shot)
 
 
 class RecomputedHistory(_History):
@@ -140,12 +180,17 @@ def autoregressive(
     visibility: str = "context_causal",
     cached: bool = True,
     impl: str = "auto",
+    chosen: Sequence[Sequence[int]] | None = None,
+    pool_device: str | torch.device | None = None,
 ) -> list[list[Tensor]]:
     """Generate scenes shot by shot: global prompt and given shots enter the history at t = 0, generated ones at t_c.
 
     scenes      as many shots in each; a given shot may stand anywhere, and is seen by the shots after it
     visibility  "context_causal", "isolated" or, without a cache, "bidirectional"
     cached      keep keys and values of the history; False computes it anew in every step
+    chosen      per shot, numbers of the earlier shots it sees beside the global prompt, in any order; they are gathered
+                from a pool of finished shots, to compact positions. None: all of them, in their order
+    pool_device where that pool lies: the model's device, or "cpu"
 
     Returns, per scene and shot, latents as packed patches [T·H·W, patch channels]; given ones bitwise as they were.
     """
@@ -157,11 +202,17 @@ def autoregressive(
         )
     new_columns = [[Prompted.of(model, scene.shots[i]) for scene in scenes] for i in range(len(scenes[0].shots))]
     prompts = [Prompted.global_prompt(model, s.global_prompt) for s in scenes if s.global_prompt is not None]
+    if chosen is not None:
+        _check_chosen(chosen, len(new_columns), visibility, cached)
     if cached:
         columns = [*new_columns, prompts] if prompts else new_columns
         rows = [sum(column[b].shot.rows for column in columns) for b in range(len(scenes))]
         spare = max(p.shot.rows for column in new_columns for p in column) if sampling.guidance != 1 else 0
-        history = CachedHistory(model, len(scenes), max(rows) + spare, sampling, visibility, impl)
+        size = model, len(scenes), max(rows) + spare, sampling
+        if chosen is None:
+            history = CachedHistory(*size, visibility, impl)
+        else:
+            history = PooledHistory(*size, impl, pool_device)
     else:
         history = RecomputedHistory(model, len(scenes), sampling, visibility, impl)
     like = state(model)
@@ -169,6 +220,10 @@ def autoregressive(
         history.commit(prompts, [like.new_zeros(1, like.shape[1])] * len(scenes), 0.0)
     finished: list[list[Tensor]] = [[] for _ in scenes]
     for index, new in enumerate(new_columns):
+        if isinstance(history, PooledHistory):
+            assert chosen is not None
+            shift = 1 if prompts else 0  # the global prompt is number 0 of the pool, and always seen
+            history.choose([*range(shift), *(shift + i for i in chosen[index])])
         requests = [scene.shots[index] for scene in scenes]
         latents = _finish(model, history, new, requests, sampling)
         last = index == len(new_columns) - 1
@@ -180,6 +235,18 @@ def autoregressive(
         for scene, x in zip(finished, latents, strict=True):
             scene.append(x)
     return finished
+
+
+def _check_chosen(chosen: Sequence[Sequence[int]], shots: int, visibility: str, cached: bool) -> None:
+    if visibility != "context_causal" or not cached:
+        raise ValueError(
+            f"chosen: a choice of history needs a cache and context_causal, got cached={cached}, {visibility!r}"
+        )
+    if len(chosen) != shots:
+        raise ValueError(f"chosen: expected a list of earlier shots for each of {shots} shots, got {len(chosen)}")
+    for index, earlier in enumerate(chosen):
+        if len(set(earlier)) != len(earlier) or not set(earlier) <= set(range(index)):
+            raise ValueError(f"chosen: shot {index} may see each of the shots before it once, got {list(earlier)}")
 
 
 def _finish(

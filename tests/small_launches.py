@@ -1,0 +1,68 @@
+"""One small launch of every GPU kernel, for compute-sanitizer: every operation, forward and backward.
+
+    compute-sanitizer --tool memcheck python tests/small_launches.py
+
+Sizes end inside tiles, so that every mask is at work. Says how many implementations ran; exits with 1 where none did.
+"""
+
+import sys
+
+import torch
+from tensors import SCENES, SELECTION, Inputs, Join, build
+
+from lct.kernels import KVRows, NormRope, assemble_, gated, modulate, norm_rope_append_, norm_rope_join, select
+
+CUDA = torch.device("cuda")
+
+
+def attention_once(impl, dtype, dim):
+    Inputs.random(build(SCENES, SELECTION).plan(), 4, 2, dim, dtype).to(CUDA).run(build(SCENES, SELECTION), impl=impl)
+
+
+def norm_rope_once(impl, dtype, dim):
+    layout = build(SCENES)
+    geometry = layout.geometry(CUDA)
+    for scope in ("head", "row"):
+        spec = NormRope(4, (dim // 4, dim // 4, dim // 2), scope=scope)
+        text, video, *norms = Join.random(geometry, spec, dim=dim, dtype=dtype)
+        text, video = (x.to(CUDA).requires_grad_() for x in (text, video))
+        norms = [tuple(w.to(CUDA) for w in pair) for pair in norms]
+        joined = text, video, *norms, geometry.streams, geometry.positions, spec
+        sum(x.float().sum() for x in norm_rope_join(*joined, impl=impl)).backward()
+        slots = torch.arange(layout.rows, device=CUDA)
+        zeros = [torch.zeros(layout.rows, 2, dim, dtype=dtype, device=CUDA) for _ in range(4)]
+        cache, pool = KVRows(*zeros[:2], slots), KVRows(*zeros[2:], slots.flip(0))
+        with torch.no_grad():
+            norm_rope_append_(*joined, cache=cache, pool=pool, impl=impl)
+            assemble_(pool, cache, geometry.positions, spec, impl)
+
+
+def modulate_once(impl, dtype, dim):
+    starts = build(SCENES).streams(CUDA).video_starts
+    x, branch = (torch.randn(int(starts[-1]), 3 * dim, device=CUDA).to(dtype).requires_grad_() for _ in range(2))
+    shift, scale = torch.randn(len(starts) - 1, 6 * dim, device=CUDA).requires_grad_().chunk(2, dim=1)
+    out = modulate(x, shift, scale, starts, impl)
+    gated(out, branch, scale, starts, impl).float().sum().backward()
+
+
+ONCE = {"attention": attention_once, "norm_rope": norm_rope_once, "modulate": modulate_once}
+
+
+def main():
+    launched = 0
+    for operation in select.OPERATIONS:
+        for impl in operation:
+            probe = torch.zeros(1, 8, 64, dtype=torch.bfloat16, device=CUDA)
+            probe = {"attention": (probe,) * 3, "modulate": (probe[0],)}.get(operation.name, (probe,))
+            if impl in ("reference", "sdpa") or operation[impl].reasons(*probe):
+                continue
+            for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 32)):
+                ONCE[operation.name](impl, dtype, dim)
+                torch.cuda.synchronize()
+            print(f"{operation.name} {impl}: launched")
+            launched += 1
+    return int(launched == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

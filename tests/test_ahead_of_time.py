@@ -1,0 +1,87 @@
+"""Every Triton kernel compiles for the GPUs it is for, spills nothing, fits shared memory, and uses their units."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+
+SCRIPT = Path(__file__).with_name("ahead_of_time.py")
+SHARED = {80: 99 * 1024, 90: 227 * 1024}  # what is built for sm_80 runs on sm_86, 89 and 120 too, which have 99 KiB
+CASES = {
+    "attention": [
+        "attention-bf16-128",
+        "attention-bf16-64-gqa",
+        "attention-fp16-96",
+        "attention-fp16-32",
+        "attention-fp32-64",
+    ],
+    "norm_rope": ["norm_rope-bf16-128-head", "norm_rope-fp16-64-row"],
+    "modulate": ["modulate-bf16-2048", "modulate-fp32-128"],
+}
+KERNELS = {
+    "attention": ["forward_kernel", "delta_kernel", "dq_kernel", "dkv_kernel"],
+    "norm_rope": ["join_kernel"] * 3 + ["assemble_kernel", "backward_kernel"],  # to joint rows, a cache, cache and pool
+    "modulate": [
+        "modulate_kernel",
+        "modulate_backward_kernel",
+        "add_up_kernel",
+        "gated_kernel",
+        "gated_backward_kernel",
+    ],
+}
+
+
+def compiled(capability, cases):
+    """One line of figures per kernel; compiling takes one core, so two of these share a machine with two."""
+    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), str(capability), *cases]
+    done = subprocess.run(command, capture_output=True, text=True, env=without)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    cases = sum(CASES.values(), [])
+    with ThreadPoolExecutor(2) as pool:
+        found = sum(pool.map(lambda capability: compiled(capability, cases), SHARED), [])
+    for k in found:
+        print(" ".join(f"{name}={value}" for name, value in k.items()))
+    return found
+
+
+def named(kernel):
+    return f"sm_{kernel['capability']} {kernel['case']} {kernel['kernel']}: {kernel}"
+
+
+@pytest.mark.timeout(900)
+def test_every_variant_compiles_once_whatever_the_shots(kernels):
+    """Layouts of one to nine shots of all kinds of sizes: recompile-storm, for Triton's own compiler."""
+    for capability in SHARED:
+        for case in sum(CASES.values(), []):
+            got = [k["kernel"] for k in kernels if (k["capability"], k["case"]) == (capability, case)]
+            assert sorted(got) == sorted(KERNELS[case.split("-")[0]]), case
+
+
+def test_nothing_spills(kernels):
+    """Exact fp32 products are the exception: they run on plain FMAs, every operand in a register."""
+    spilling = [named(k) for k in kernels if k["STL"] or k["LDL"]]
+    assert not [kernel for kernel in spilling if "attention-fp32" not in kernel]
+
+
+def test_out_of_shared_memory(kernels):
+    assert not [named(k) for k in kernels if k["shared"] > SHARED[k["capability"]]]
+
+
+def test_attention_in_half_precision_uses_tensor_cores(kernels):
+    """wgmma fed by TMA on Hopper, mma fed by cp.async before it."""
+    for k in kernels:
+        if k["case"].startswith("attention") and "fp32" not in k["case"] and k["kernel"] != "delta_kernel":
+            wanted = ("HGMMA", "UTMALDG") if k["capability"] == 90 else ("HMMA", "LDGSTS")
+            assert all(k[opcode] for opcode in wanted), named(k)

@@ -1,0 +1,317 @@
+"""What only a CUDA device can show: bf16, real sizes, streams, graphs, repeatability. Skipped elsewhere."""
+
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from tensors import SCENES, VISIBILITIES, Inputs, assert_attention, build, dtype_id, same_bytes, skip_unless_able
+from test_attention import identity
+from test_model import inputs as model_inputs
+from test_model import random_model
+from test_sample import requests, worst
+
+from lct.kernels import KVRows, NormRope, assemble_, attention, gated, modulate, norm_rope_append_, remembered, select
+from lct.kernels.numerics import compare
+from lct.layout import SceneLayout, Shot
+from lct.model.config import tiny
+from lct.sample import Sampling, autoregressive
+from lct.validate import DTYPES, validate
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+FUSED = [impl for impl in select.ATTENTION if impl not in ("reference", "sdpa", "cpu")]
+each_impl = pytest.mark.parametrize("impl", FUSED)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+
+# Rows of the shots: one, a tile less one, a tile, a tile and one, several tiles, a prime number of them.
+EDGES = SceneLayout([[Shot(1, (0, 1, 1)), *(Shot(n, (1, 8, 8)) for n in (63, 64, 65, 200, 293))]])
+
+
+def drawn(plan, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16):
+    return Inputs.random(plan, heads, kv_heads, dim, dtype).to(CUDA)
+
+
+def test_every_implementation_is_what_the_reference_is(tmp_path, monkeypatch):
+    """What `lct doctor --validate` checks: every operation, implementation and dtype, forward and backward."""
+    monkeypatch.setattr(remembered, "PATH", tmp_path / "validated.json")
+    monkeypatch.setattr(remembered, "_passed", frozenset())
+    verdicts = list(validate([CUDA]))
+    assert {(v.operation, v.impl) for v in verdicts} >= {
+        (op, "triton") for op in ("attention", "norm_rope", "modulate")
+    }
+    assert not [v for v in verdicts if v.failure]
+
+
+# Attention
+
+
+@each_impl
+@each_dtype
+@pytest.mark.parametrize("visibility", VISIBILITIES.values(), ids=VISIBILITIES)
+def test_forward_right_backward_wrong(impl, dtype, visibility):
+    plan = build(SCENES, visibility).plan(CUDA)
+    assert_attention(drawn(plan, dtype=dtype), plan, oracle.mask(SCENES, visibility), impl)
+
+
+@each_impl
+@each_dtype
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (3, 1)], ids="{0[0]}q{0[1]}kv".format)
+@pytest.mark.parametrize("dim", [24, 32, 64, 72, 96, 128])
+def test_odd_head_dim(impl, dim, heads, dtype):
+    plan = build(SCENES).plan(CUDA)
+    assert_attention(drawn(plan, *heads, dim, dtype), plan, oracle.mask(SCENES, "context_causal"), impl)
+
+
+@each_impl
+@pytest.mark.parametrize("visibility", ["context_causal", "isolated", "bidirectional"])
+def test_mask_probing(impl, visibility):
+    layout = SceneLayout(EDGES.scenes * 2, visibility)
+    q, k = torch.zeros(2, layout.rows, 1, 64, dtype=torch.bfloat16, device=CUDA)
+    seen = [attention(q, k, v.to(q), layout, impl=impl)[:, 0] != 0 for v in identity(layout.rows)]
+    assert torch.equal(torch.cat(seen, dim=1)[:, : layout.rows].cpu(), layout.dense_mask())
+
+
+@each_impl
+@pytest.mark.parametrize("dim", [64, 128])
+def test_neighbour_tiles_differ(impl, dim):
+    """Thousands of rows, where every tile has its own number of key blocks: all results against float64."""
+    shots = [Shot(77, (3, 16, 21)), Shot(100, (1, 30, 30)), Shot(13, (5, 13, 17)), Shot(500, (2, 24, 29))]
+    layout = SceneLayout([shots, shots[:2]])
+    inputs = drawn(layout.plan(CUDA), heads=2, kv_heads=1, dim=dim)
+    wide = Inputs(*(x.double() for x in inputs))
+    three = (x.run(layout, impl=i) for x, i in ((inputs, impl), (wide, "reference"), (inputs, "reference")))
+    for i, (got, true, yardstick) in enumerate(zip(*three, strict=True)):
+        compare(got, true, yardstick.to(got.dtype), kind="forward" if i < 2 else "gradient")
+
+
+@each_impl
+def test_empty_interval_tile(impl):
+    plan = build([[(0, (0, 1, 1), "shot"), (0, (0, 1, 1), "shot")]]).plan(CUDA)
+    assert attention(*drawn(plan)[:3], plan, impl=impl).shape == (0, 4, 64)
+
+
+@each_impl
+@each_dtype
+def test_rows_that_a_query_cannot_see_may_hold_nan(impl, dtype):
+    """TMA boxes reach beyond a run's last row: what lies there must not matter."""
+    layout = SceneLayout(EDGES.scenes)
+    inputs = drawn(layout.plan(), dtype=dtype)
+    last = layout.shot_starts[-1]
+    poisoned = Inputs(*(x.clone() for x in inputs))
+    for x in (poisoned.q, poisoned.k, poisoned.v, poisoned.dout):
+        x[last:] = float("nan")
+    before, after = (x.run(layout, impl=impl) for x in (inputs, poisoned))
+    for i in (0, 2):  # out and dq of earlier shots
+        assert same_bytes(before[i][:last], after[i][:last])
+    assert after[0][last:].isnan().all()
+
+
+@each_impl
+@each_dtype
+def test_misaligned_pointer(impl, dtype):
+    plan = build(SCENES).plan(CUDA)
+    aligned = drawn(plan, dtype=dtype)
+    shifted = Inputs(*(torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in aligned))
+    assert_attention(shifted, plan, oracle.mask(SCENES, "context_causal"), impl)
+
+
+@each_impl
+@pytest.mark.parametrize("strides", [(192, 64, 1), (2**25, 64, 1)], ids=["fused", "far apart"])
+def test_strided_dout_overflow(impl, strides):
+    plan = SceneLayout([[Shot(70, (1, 3, 3))]]).plan(CUDA)
+    inputs = drawn(plan, heads=3, kv_heads=3, dtype=torch.float16)
+    reach = 1 + sum((n - 1) * s for n, s in zip(inputs.dout.shape, strides, strict=True))
+    far = torch.empty(reach, dtype=torch.float16, device=CUDA).as_strided(inputs.dout.shape, strides).copy_(inputs.dout)
+    for a, b in zip(inputs._replace(dout=far).run(plan, impl=impl), inputs.run(plan, impl=impl), strict=True):
+        assert same_bytes(a, b)
+
+
+@each_impl
+def test_int32_offset_overflow(impl):
+    """Tensors of more than 2³¹ elements: the last shot equals the same shot alone."""
+    shots = [Shot(0, (1, 62, 64))] * 34
+    layout, alone = SceneLayout([shots], "isolated"), SceneLayout([shots[:1]])
+    shape = (layout.rows, 128, 128)
+    if torch.cuda.mem_get_info()[0] < 10 * 2 * layout.rows * 128 * 128:
+        pytest.skip(f"needs {10 * 2 * layout.rows * 128 * 128 / 2**30:.0f} GiB of free GPU memory")
+    assert layout.rows * 128 * 128 > 2**31
+    q, k, v, dout = (torch.randn(shape, dtype=torch.float16, device=CUDA) for _ in range(4))
+    last = layout.shot_starts[-1]
+
+    def results(layout, *tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        out = attention(*leaves, layout, impl=impl)
+        return out.detach(), *torch.autograd.grad(out, leaves, tensors[3])
+
+    small = [x[last:].clone() for x in (q, k, v, dout)]
+    for whole, part in zip(results(layout, q, k, v, dout), results(alone, *small), strict=True):
+        assert same_bytes(whole[last:], part)
+
+
+@each_impl
+@each_dtype
+def test_nondeterministic_backward(impl, dtype):
+    inputs = drawn(EDGES.plan(CUDA), dtype=dtype)
+    first = inputs.run(EDGES, impl=impl, deterministic=True)
+    for _ in range(50):
+        again = inputs.run(EDGES, impl=impl, deterministic=True)
+        assert all(same_bytes(a, b) for a, b in zip(first, again, strict=True))
+
+
+@each_impl
+def test_equals_per_shot_flash_attention(impl):
+    flash = pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    layout = SceneLayout([EDGES.scenes[0]])
+    q, k, v = drawn(layout.plan(CUDA), kv_heads=4)[:3]
+    parts = [
+        flash.flash_attn_func(q[None, a:b], k[None, :b], v[None, :b])[0]
+        for a, b in zip(layout.shot_starts, layout.shot_ends, strict=True)
+    ]
+    torch.testing.assert_close(attention(q, k, v, layout, impl=impl), torch.cat(parts), rtol=2e-2, atol=2e-2)
+
+
+@each_impl
+def test_equals_xformers(impl):
+    ops = pytest.importorskip("xformers.ops", reason="xformers is not installed")
+    layout = SceneLayout([EDGES.scenes[0]])
+    q, k, v = drawn(layout.plan(CUDA), kv_heads=4)[:3]
+    sizes = [b - a for a, b in zip(layout.shot_starts, layout.shot_ends, strict=True)]
+    mask = ops.fmha.attn_bias.BlockDiagonalGappyKeysMask.from_seqlens(
+        q_seqlen=sizes, kv_seqstarts=[0] * len(sizes) + [layout.rows], kv_seqlen=list(layout.shot_ends)
+    )
+    theirs = ops.memory_efficient_attention_forward(q[None], k[None], v[None], mask.to(CUDA))[0]
+    torch.testing.assert_close(attention(q, k, v, layout, impl=impl), theirs, rtol=2e-2, atol=2e-2)
+
+
+# Streams, graphs, devices
+
+
+def step(inputs, plan, norm, starts, impl):
+    """An operation of each kind: attention forward and backward, modulation, gate."""
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    x = attention(q, k, v, plan, impl=impl)
+    flat = x.flatten(1)
+    y = gated(modulate(flat, norm, norm, starts, "triton"), flat, norm, starts, "triton")
+    return y.detach(), *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+
+
+def prepared(seed=0):
+    plan = EDGES.plan(CUDA)
+    inputs = Inputs.random(plan, 4, 2, 64, torch.bfloat16, seed).to(CUDA)
+    starts = torch.tensor([0, *EDGES.shot_ends], dtype=torch.int32, device=CUDA)
+    norm = torch.randn(len(EDGES.shots), 256, generator=torch.Generator().manual_seed(seed)).to(CUDA)
+    return inputs, plan, norm, starts
+
+
+@each_impl
+def test_wrong_stream(impl):
+    """Launched on the current stream: it waits for what that stream has yet to write."""
+    given = prepared()
+    expected = step(*given, impl)
+    late = Inputs(*(torch.zeros_like(x) for x in given[0]))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        for x, value in zip(late, given[0], strict=True):
+            x.copy_(value)
+        got = step(late, *given[1:], impl)
+    torch.cuda.synchronize()
+    assert all(same_bytes(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@each_impl
+def test_cuda_graph_capture(impl):
+    """No synchronisation and no late compilation inside; replayed on other data it gives that data's results."""
+    given, other = prepared(), prepared(seed=7)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step(*given, impl)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(*given, impl)
+    for x, value in zip((*given[0], given[2]), (*other[0], other[2]), strict=True):
+        x.copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(same_bytes(a, b) for a, b in zip(results, step(*other, impl), strict=True))
+
+
+@each_impl
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_wrong_device(impl):
+    """On cuda:1 while cuda:0 is current."""
+    inputs, plan = Inputs.random(EDGES.plan(), dtype=torch.bfloat16), EDGES.plan("cuda:1")
+    here = inputs.to("cuda:0").run(EDGES, impl=impl)
+    there = inputs.to("cuda:1").run(plan, impl=impl)
+    assert all(same_bytes(a.cpu(), b.cpu()) for a, b in zip(here, there, strict=True))
+
+
+# Pool and model
+
+
+@pytest.mark.parametrize("impl", [impl for impl in select.NORM_ROPE if impl != "cpu"])
+@each_dtype
+def test_a_pool_in_pinned_memory(impl, dtype):
+    """Written and read by the kernels where it lies; the same bytes as a pool on the GPU."""
+    spec, layout = NormRope(4, (16, 24, 24)), build(SCENES)
+    geometry = layout.geometry(CUDA)
+    sizes = (len(geometry.streams.text_rows), len(geometry.streams.video_rows))
+    text, video = (torch.randn(n, 8, 64, device=CUDA).to(dtype) for n in sizes)
+    skip_unless_able(select.NORM_ROPE, impl, video)
+    norm = (torch.ones(64, device=CUDA), torch.ones(64, device=CUDA))
+    slots = torch.arange(layout.rows, device=CUDA).flip(0)
+
+    def zeros(**options):
+        return KVRows(*(torch.zeros(layout.rows, 2, 64, dtype=dtype, **options) for _ in range(2)), slots)
+
+    found = []
+    for where in ({"device": CUDA}, {"pin_memory": True}):
+        cache, pool, again = zeros(device=CUDA), zeros(**where), zeros(device=CUDA)
+        joined = text, video, norm, norm, geometry.streams, geometry.positions, spec
+        norm_rope_append_(*joined, cache, pool, impl)
+        assemble_(pool, again, geometry.positions, spec, impl)
+        torch.cuda.synchronize()
+        found.append([x.cpu() for x in (*cache[:2], *pool[:2], *again[:2])])
+    assert all(same_bytes(a, b) for a, b in zip(*found, strict=True))
+    assert all(x.any() for x in found[0])
+
+
+def test_pageable_memory_is_refused():
+    pool = KVRows(*torch.zeros(2, 4, 2, 64), torch.arange(4, device=CUDA))
+    cache = KVRows(*torch.zeros(2, 4, 2, 64, device=CUDA), torch.arange(4, device=CUDA))
+    with pytest.raises(ValueError, match="pinned"):
+        assemble_(pool, cache, torch.zeros(4, 3, device=CUDA), NormRope(4, (16, 24, 24)), "triton")
+
+
+CONFIG = replace(tiny(), blocks=2, head_dim=64, rope_axes=(16, 24, 24), width=256)
+
+
+def test_the_model_trains_alike():
+    layout = SceneLayout([[Shot(5, (1, 1, 1), "global"), Shot(30, (3, 8, 8)), Shot(9, (1, 9, 7))]])
+    model = random_model(CONFIG, dtype=torch.float32).requires_grad_()
+    arguments = model_inputs(layout, model)
+    model.to(CUDA)
+    losses, gradients = [], []
+    for impl in ("reference", "triton"):
+        model.zero_grad()
+        loss = F.mse_loss(v := model(*(x.to(CUDA) for x in arguments), layout, impl=impl), torch.zeros_like(v))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm()
+
+
+@pytest.mark.parametrize("chosen", [None, [[], [0], [1, 0]]], ids=["cache", "pool"])
+def test_the_sampler_generates_alike(chosen):
+    model = random_model(CONFIG, dtype=torch.float32).to(CUDA)
+    options = {"chosen": chosen} | ({} if chosen is None else {"pool_device": "cpu"})
+    results = [
+        autoregressive(model, requests(), Sampling(steps=2, guidance=2.0), impl=impl, **options)
+        for impl in ("reference", "triton")
+    ]
+    scale = max(x.abs().max().item() for scene in results[0] for x in scene)
+    assert worst(*results) <= 1e-3 * scale

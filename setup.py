@@ -139,7 +139,7 @@ class BuildNative(build_ext):
         for part, why in record["left_out"].items():
             self.warn(f"the native library is built without {part}: {why}")
         for part, version in record["built"].items():
-            self.announce(f"built for {part} with {version}", level=3)
+            print(f"lct: built for {part} with {version}", flush=True)
 
     def folder(self) -> Path:
         return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "lct"

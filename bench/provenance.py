@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ def provenance(device: str = "cpu") -> dict:
 
 
 def _git(*arguments: str) -> str:
+    """What git says; nothing where there is no git."""
+    if not shutil.which("git"):
+        return ""
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 

@@ -45,7 +45,10 @@ def print_validation() -> int:
         state = "[bold green]passed[/]" if verdict.failure is None else f"[bold red]failed[/] {escape(verdict.failure)}"
         console.print(f"{verdict.operation:<10} {verdict.impl:<10} {verdict.device} {_name(verdict.dtype):<9} {state}")
     good = sum(verdict.failure is None for verdict in verdicts)
-    console.print(f"{good} of {len(verdicts)} passed; auto takes them from now on, by {remembered.PATH}", markup=False)
+    console.print(
+        f"{good} of {len(verdicts)} passed; remembered, but for what was interpreted, in {remembered.path()}",
+        markup=False,
+    )
     return int(good < len(verdicts))
 
 

@@ -86,6 +86,9 @@ LAYOUTS = (  # one compilation must do for all: from one shot to nine, sizes odd
 )
 
 
+SELECTION = [[(), (0,), (0, 1), (1, 0), *[(0, 2)] * 6], [()]]  # of the last layout: runs that see two intervals
+
+
 def attention(layout: SceneLayout, dtype: torch.dtype, dim: int, kv_heads: int) -> None:
     plan = layout.plan()
     q, dout, out = torch.zeros(3, plan.q_rows, 4, dim, dtype=dtype)
@@ -116,22 +119,29 @@ def modulate(layout: SceneLayout, dtype: torch.dtype, channels: int) -> None:
     starts = layout.streams().text_starts
     x, dout = torch.zeros(2, int(starts[-1]), channels, dtype=dtype)
     shift, scale = torch.zeros(len(starts) - 1, 6 * channels).chunk(6, dim=-1)[:2]
-    triton_modulate.modulate(x, shift, scale, starts)
-    triton_modulate.modulate_backward(dout, x, scale, starts)
+    triton_modulate.modulate(x, shift, scale, starts, 1e-6)
+    triton_modulate.modulate_backward(dout, x, scale, starts, 1e-6)
     triton_modulate.gated(x, dout, scale, starts)
     triton_modulate.gated_backward(dout, x, scale, starts)
 
 
 def run(case: str) -> None:
-    """ "attention-DTYPE-DIM[-gqa]", "norm_rope-DTYPE-DIM-SCOPE" or "modulate-DTYPE-CHANNELS"."""
+    """ "attention-DTYPE-DIM[-gqa][-selection][-pointers]", "norm_rope-DTYPE-DIM-SCOPE" or "modulate-DTYPE-CHANNELS".
+
+    pointers: no TMA, as for tensors on Hopper that it cannot describe.
+    """
     operation, dtype, size, *options = case.split("-")
-    for layout in LAYOUTS:
+    boxable = triton_attention._boxable
+    triton_attention._boxable = (lambda x: False) if "pointers" in options else boxable
+    layouts = [SceneLayout(LAYOUTS[-1].scenes, SELECTION)] if "selection" in options else LAYOUTS
+    for layout in layouts:
         if operation == "attention":
             attention(layout, DTYPES[dtype], int(size), 2 if "gqa" in options else 4)
         elif operation == "norm_rope":
             norm_rope(layout, DTYPES[dtype], int(size), *options)
         else:
             modulate(layout, DTYPES[dtype], int(size))
+    triton_attention._boxable = boxable
 
 
 def main(capability: int, cases: list[str]) -> None:

@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck python tests/small_launches.py
 
-Sizes end inside tiles, so that every mask is at work. Says how many implementations ran; exits with 1 where none did.
+Sizes end inside tiles, so that every mask is at work. Exits with 1 where Triton or the CUDA
+library could not be launched at all.
 """
 
 import sys
@@ -49,7 +50,7 @@ ONCE = {"attention": attention_once, "norm_rope": norm_rope_once, "modulate": mo
 
 
 def main():
-    launched = 0
+    launched = []
     for operation in select.OPERATIONS:
         for impl in operation:
             probe = torch.zeros(1, 8, 64, dtype=torch.bfloat16, device=CUDA)
@@ -59,9 +60,11 @@ def main():
             for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 32)):
                 ONCE[operation.name](impl, dtype, dim)
                 torch.cuda.synchronize()
-            print(f"{operation.name} {impl}: launched")
-            launched += 1
-    return int(launched == 0)
+            launched.append(f"{operation.name} {impl}")
+            print(f"{launched[-1]}: launched")
+    absent = sorted({"triton", "cuda"} - {name.split()[1] for name in launched})
+    print(f"not launched: {', '.join(absent)}" if absent else "every implementation for a GPU was launched")
+    return int(bool(absent))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Random tensors, oracle truths and verdicts that the kernel tests share; scenes are the oracle's plain tuples."""
 
+from dataclasses import fields, is_dataclass, replace
 from typing import NamedTuple
 
 import oracle
@@ -41,6 +42,22 @@ def build(scenes, visibility="context_causal"):
 
 def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def home(impl):
+    """The device on which an implementation is tested: a GPU where there is one, unless it is for the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and impl not in ("cpu", "sdpa") else "cpu")
+
+
+def to(device, x):
+    """Tensors of any nest of tuples and dataclasses, on a device; strides kept where torch keeps them."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, tuple):
+        return type(x)(*(to(device, y) for y in x)) if hasattr(x, "_fields") else tuple(to(device, y) for y in x)
+    if is_dataclass(x):
+        return replace(x, **{f.name: to(device, getattr(x, f.name)) for f in fields(x)})
+    return x
 
 
 def skip_unless_able(operation, impl, *tensors):

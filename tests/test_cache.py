@@ -5,14 +5,14 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from tensors import DTYPES, SCENES, Join, build, dtype_id, same_bytes, skip_unless_able
+from tensors import DTYPES, SCENES, Join, build, dtype_id, home, same_bytes, skip_unless_able, to
 from test_model import random_model
-from test_norm_rope import plain, truth
+from test_norm_rope import joined, plain, truth
 from test_sample import requests, worst
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lct.kernels import KVRows, NormRope, assemble_, norm_rope_append_, norm_rope_join, select
+from lct.kernels import KVRows, NormRope, assemble_, norm_rope_append_, select
 from lct.kernels.numerics import compare
 from lct.layout import SceneLayout, Shot
 from lct.model.cache import HistoryPool, KVCache
@@ -39,11 +39,20 @@ def appended(impl, dtype, scope="head", extra=7):
     layout = build(SCENES)
     geometry = layout.tail(0, layout.rows)
     join = Join.random(geometry, spec, dtype=dtype)
-    skip_unless_able(select.NORM_ROPE, impl, join.video_qkv)
     cache = poisoned(geometry.slots, 2 * layout.rows, dtype)
     pool = poisoned(torch.arange(layout.rows).flip(0) + extra, layout.rows + 2 * extra, dtype)
-    q = norm_rope_append_(*join, geometry.streams, geometry.positions, spec, cache, pool, impl)
-    return geometry, join, q, cache, pool
+    device = home(impl) if impl != "auto" else torch.device("cpu")
+    there, streams, positions, *stored = to(device, (join, geometry.streams, geometry.positions, cache, pool))
+    skip_unless_able(select.NORM_ROPE, impl, there.video_qkv)
+    q = norm_rope_append_(*there, streams, positions, spec, *stored, impl)
+    return geometry, join, *to("cpu", (q, *stored))
+
+
+def assembled(impl, pool, cache, positions):
+    """The cache after assembling, on the device an implementation is for; brought back."""
+    pool, cache, positions = to(home(impl), (pool, cache, positions))
+    assemble_(pool, cache, positions, SPEC, impl)
+    return to("cpu", cache)
 
 
 def untouched(rows):
@@ -56,8 +65,8 @@ def untouched(rows):
 def test_the_pool_gets_keys_before_their_rotation(impl, scope, dtype):
     geometry, join, q, cache, pool = appended(impl, dtype, scope)
     spec = replace(SPEC, scope=scope)
-    joined = norm_rope_join(*join, geometry.streams, geometry.positions, spec, impl)
-    for got, expected in zip((q, cache.keys[cache.slots], cache.values[cache.slots]), joined, strict=True):
+    parts = joined(join, geometry, geometry.positions, spec, impl)
+    for got, expected in zip((q, cache.keys[cache.slots], cache.values[cache.slots]), parts, strict=True):
         assert same_bytes(got, expected)
     _, keys, values = truth(join, SCENES, oracle.positions(SCENES), replace(spec, axes=(0, 0, 0)))
     compare(pool.keys[pool.slots], keys, plain(join, geometry, replace(spec, axes=(0, 0, 0)))[1])
@@ -74,7 +83,7 @@ def test_assembling_turns_pooled_keys_to_new_positions(impl, dtype):
     source = KVRows(*pool[:2], pool.slots[picked])
     into = poisoned(torch.tensor([9, 0, 1, 2, 6]), 12, dtype)
     positions = torch.tensor([[0, 0, 0], [1, 2, 3], [7.5, 7.5, 7.5], [99_991, 5, 6], [4, 4, 4]], dtype=torch.float32)
-    assemble_(source, into, positions, SPEC, impl)
+    into = assembled(impl, source, into, positions)
     keys = pool.keys[source.slots]
     true = oracle.rope(keys.double().numpy(), positions.double().numpy(), SPEC.axes, SPEC.theta)
     # The yardstick is one rounding of the truth: a rotation is exact but for its result.
@@ -87,8 +96,7 @@ def test_assembling_turns_pooled_keys_to_new_positions(impl, dtype):
 @each_impl
 def test_assembling_at_their_old_positions_gives_back_the_cache(impl):
     geometry, _, _, cache, pool = appended(impl, torch.float32)
-    again = poisoned(cache.slots, len(cache.keys))
-    assemble_(pool, again, geometry.positions, SPEC, impl)
+    again = assembled(impl, pool, poisoned(cache.slots, len(cache.keys)), geometry.positions)
     assert same_bytes(again.keys, cache.keys) and same_bytes(again.values, cache.values)
 
 

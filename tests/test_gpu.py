@@ -1,6 +1,7 @@
 """What only a CUDA device can show: bf16, real sizes, streams, graphs, repeatability. Skipped elsewhere."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import oracle
 import pytest
@@ -10,11 +11,23 @@ from tensors import SCENES, VISIBILITIES, Inputs, assert_attention, build, dtype
 from test_attention import identity
 from test_model import inputs as model_inputs
 from test_model import random_model
+from test_ops import compilations
 from test_sample import requests, worst
 
-from lct.kernels import KVRows, NormRope, assemble_, attention, gated, modulate, norm_rope_append_, remembered, select
+from lct.kernels import (
+    KVRows,
+    NormRope,
+    assemble_,
+    attention,
+    gated,
+    modulate,
+    norm_rope_append_,
+    norm_rope_join,
+    remembered,
+    select,
+)
 from lct.kernels.numerics import compare
-from lct.layout import SceneLayout, Shot
+from lct.layout import Geometry, SceneLayout, Shot
 from lct.model.config import tiny
 from lct.sample import Sampling, autoregressive
 from lct.validate import DTYPES, validate
@@ -35,7 +48,7 @@ def drawn(plan, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16):
 
 def test_every_implementation_is_what_the_reference_is(tmp_path, monkeypatch):
     """What `lct doctor --validate` checks: every operation, implementation and dtype, forward and backward."""
-    monkeypatch.setattr(remembered, "PATH", tmp_path / "validated.json")
+    monkeypatch.setattr(remembered, "path", lambda: tmp_path / "validated.json")
     monkeypatch.setattr(remembered, "_passed", frozenset())
     verdicts = list(validate([CUDA]))
     assert {(v.operation, v.impl) for v in verdicts} >= {
@@ -62,6 +75,20 @@ def test_forward_right_backward_wrong(impl, dtype, visibility):
 def test_odd_head_dim(impl, dim, heads, dtype):
     plan = build(SCENES).plan(CUDA)
     assert_attention(drawn(plan, *heads, dim, dtype), plan, oracle.mask(SCENES, "context_causal"), impl)
+
+
+@each_impl
+@pytest.mark.parametrize("visibility", ["context_causal", "isolated", "bidirectional"])
+def test_mask_probing_through_gradients(impl, visibility):
+    layout = SceneLayout(EDGES.scenes, visibility)
+    zero, one = torch.zeros(layout.rows, 1, 64, device=CUDA), torch.ones(1, layout.rows, device=CUDA)
+    by_query, by_key = [], []
+    for probe in (x.to(CUDA) for x in identity(layout.rows)):
+        by_query.append(Inputs(zero, zero, zero, probe, 0 * one).run(layout, impl=impl)[4][:, 0] != 0)
+        by_key.append(Inputs(zero, probe, zero, zero, one).run(layout, impl=impl)[2][:, 0] != 0)
+    mask = layout.dense_mask()
+    assert torch.equal(torch.cat(by_query, dim=1)[:, : layout.rows].cpu(), mask.T)
+    assert torch.equal(torch.cat(by_key, dim=1)[:, : layout.rows].cpu(), mask)
 
 
 @each_impl
@@ -188,54 +215,101 @@ def test_equals_xformers(impl):
 # Streams, graphs, devices
 
 
-def step(inputs, plan, norm, starts, impl):
-    """An operation of each kind: attention forward and backward, modulation, gate."""
-    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    x = attention(q, k, v, plan, impl=impl)
-    flat = x.flatten(1)
-    y = gated(modulate(flat, norm, norm, starts, "triton"), flat, norm, starts, "triton")
-    return y.detach(), *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+FUSED_ROPE = [impl for impl in select.NORM_ROPE if impl not in ("reference", "cpu")]
+each_rope = pytest.mark.parametrize("rope", FUSED_ROPE)
+SPEC = NormRope(4, (16, 24, 24))
 
 
-def prepared(seed=0):
-    plan = EDGES.plan(CUDA)
-    inputs = Inputs.random(plan, 4, 2, 64, torch.bfloat16, seed).to(CUDA)
-    starts = torch.tensor([0, *EDGES.shot_ends], dtype=torch.int32, device=CUDA)
-    norm = torch.randn(len(EDGES.shots), 256, generator=torch.Generator().manual_seed(seed)).to(CUDA)
-    return inputs, plan, norm, starts
+class Work(NamedTuple):
+    """What one step over all operations reads and writes, on one device."""
+
+    text: torch.Tensor
+    video: torch.Tensor
+    norm: torch.Tensor
+    per_shot: torch.Tensor
+    cache: KVRows
+    pool: KVRows
+    geometry: Geometry
+
+    @classmethod
+    def random(cls, seed=0, device=CUDA):
+        geometry, g = EDGES.geometry(device), torch.Generator().manual_seed(seed)
+
+        def normal(*shape, dtype=torch.bfloat16):
+            return torch.randn(shape, generator=g).to(dtype).to(device)
+
+        text, video = (normal(len(x), 8, 64) for x in (geometry.streams.text_rows, geometry.streams.video_rows))
+        slots = torch.arange(EDGES.rows, device=device)
+        cache, pool = (KVRows(normal(EDGES.rows, 2, 64), normal(EDGES.rows, 2, 64), slots) for _ in range(2))
+        norm, per_shot = normal(64, dtype=torch.float32), normal(len(EDGES.shots), 256, dtype=torch.float32)
+        return cls(text, video, norm, per_shot, cache, pool, geometry)
+
+    def data(self):
+        """The tensors that a step reads."""
+        return [self.text, self.video, self.norm, self.per_shot]
+
+    def step(self, rope):
+        """Every operation once, with gradients: rows joined, attended, modulated and gated; then the cache and pool."""
+        streams, positions, plan = self.geometry.streams, self.geometry.positions, self.geometry.plan
+        norm = (self.norm, self.norm)
+        leaves = [x.detach().requires_grad_() for x in (self.text, self.video)]
+        q, k, v = norm_rope_join(*leaves, norm, norm, streams, positions, SPEC, rope)
+        x = attention(q, k, v, plan, impl="triton").flatten(1).index_select(0, streams.video_rows)
+        y = modulate(x, self.per_shot, self.per_shot, streams.video_starts, "triton")
+        y = gated(y, x, self.per_shot, streams.video_starts, "triton")
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        with torch.no_grad():
+            joined = self.text, self.video, norm, norm, streams, positions, SPEC
+            q = norm_rope_append_(*joined, self.cache, self.pool, rope)
+            assemble_(self.pool, self.cache, positions + 1, SPEC, rope)
+        return [y.detach(), *gradients, q, *self.cache[:2], *self.pool[:2]]
 
 
-@each_impl
-def test_wrong_stream(impl):
-    """Launched on the current stream: it waits for what that stream has yet to write."""
-    given = prepared()
-    expected = step(*given, impl)
-    late = Inputs(*(torch.zeros_like(x) for x in given[0]))
+def copies(tensors):
     torch.cuda.synchronize()
+    return [x.cpu() for x in tensors]
+
+
+@each_rope
+def test_wrong_stream(rope):
+    """Launched on the current stream: it waits for what that stream has yet to write."""
+    work, late = Work.random(), Work.random(seed=1)
+    expected = copies(work.step(rope))
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)
-        for x, value in zip(late, given[0], strict=True):
+        for x, value in zip(late.data(), work.data(), strict=True):
             x.copy_(value)
-        got = step(late, *given[1:], impl)
-    torch.cuda.synchronize()
-    assert all(same_bytes(a, b) for a, b in zip(got, expected, strict=True))
+        got = late.step(rope)
+    assert all(same_bytes(a, b) for a, b in zip(copies(got), expected, strict=True))
 
 
-@each_impl
-def test_cuda_graph_capture(impl):
+@each_rope
+def test_cuda_graph_capture(rope):
     """No synchronisation and no late compilation inside; replayed on other data it gives that data's results."""
-    given, other = prepared(), prepared(seed=7)
+    work, other = Work.random(), Work.random(seed=7)
     with torch.cuda.stream(torch.cuda.Stream()):
-        step(*given, impl)
+        work.step(rope)  # compiles, and copies the frequencies of RoPE to the GPU
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = step(*given, impl)
-    for x, value in zip((*given[0], given[2]), (*other[0], other[2]), strict=True):
+        results = work.step(rope)
+    for x, value in zip(work.data(), other.data(), strict=True):
         x.copy_(value)
     graph.replay()
-    torch.cuda.synchronize()
-    assert all(same_bytes(a, b) for a, b in zip(results, step(*other, impl), strict=True))
+    assert all(same_bytes(a, b) for a, b in zip(copies(results), copies(other.step(rope)), strict=True))
+
+
+@each_rope
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_wrong_device_of_every_operation(rope):
+    here, there = Work.random(), Work.random(device="cuda:1")
+    assert all(same_bytes(a, b) for a, b in zip(copies(here.step(rope)), copies(there.step(rope)), strict=True))
+
+
+@each_rope
+def test_recompile_storm(rope):
+    """One compilation for the first layout, one with symbolic sizes, and none for any other; nor by Triton itself."""
+    assert compilations("inductor", "triton", rope, CUDA) <= 2
 
 
 @each_impl

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import DTYPES, dtype_id, normal, same_bytes, skip_unless_able
+from tensors import DTYPES, dtype_id, home, normal, same_bytes, skip_unless_able, to
 
 from lct.kernels import gated, modulate, select
 from lct.kernels.numerics import compare
@@ -46,10 +46,12 @@ def results(modulated, added, leaves, dout):
 
 
 def computed(impl, x, branch, dout, shift, scale, gate, sizes):
-    skip_unless_able(select.MODULATE, impl, x)
-    x, branch, shift, scale, gate = leaves = [t.detach().requires_grad_() for t in (x, branch, shift, scale, gate)]
-    starts = starts_of(sizes)
-    return results(modulate(x, shift, scale, starts, impl), gated(x, branch, gate, starts, impl), leaves, dout)
+    there = to(home(impl), (x, branch, shift, scale, gate, starts_of(sizes), dout))
+    skip_unless_able(select.MODULATE, impl, there[0])
+    x, branch, shift, scale, gate = leaves = [t.detach().requires_grad_() for t in there[:5]]
+    starts, dout = there[5:]
+    outputs = modulate(x, shift, scale, starts, impl), gated(x, branch, gate, starts, impl)
+    return [t.cpu() for t in results(*outputs, leaves, dout)]
 
 
 def plain(x, branch, dout, shift, scale, gate, sizes):
@@ -127,6 +129,8 @@ REFUSED = {
     "shift": (lambda p: p | {"shift": p["shift"][:2]}, ValueError),
     "scale": (lambda p: p | {"scale": p["scale"].bfloat16()}, TypeError),
     "starts": (lambda p: p | {"starts": p["starts"].long()}, ValueError),
+    "starts: expected 0": (lambda p: p | {"starts": p["starts"] - 1}, ValueError),
+    "starts: expected 0, then": (lambda p: p | {"x": p["x"][1:]}, ValueError),
     "x": (lambda p: p | {"x": p["x"][0]}, ValueError),
 }
 

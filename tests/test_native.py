@@ -34,10 +34,21 @@ needs_library = pytest.mark.skipif(bool(against), reason="; ".join(against))
 rows = st.integers(0, 70)
 
 
-@needs_library
 def test_the_library_is_that_of_these_sources():
-    sources = hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(CSRC.iterdir()))).hexdigest()
-    assert native.built()["sources"] == sources, "csrc has changed: python setup.py build_ext --inplace"
+    assert not native.CHANGED, "csrc has changed: python setup.py build_ext --inplace"
+
+
+def test_sources_that_changed_since_the_build(tmp_path, monkeypatch):
+    (tmp_path / "norm_rope.cu").write_text("before")
+    record = {"sources": hashlib.sha256(b"before").hexdigest()}
+    assert not native._changed(record, tmp_path) and not native._changed(record, tmp_path / "nowhere")
+    (tmp_path / "norm_rope.cu").write_text("after")
+    assert native._changed(record, tmp_path)
+    monkeypatch.setattr(native, "RECORD", native.RECORD or {"built": {"cpu": "g++"}})
+    monkeypatch.setattr(native, "CHANGED", True)
+    assert native.reasons("cpu", CPU) == [
+        "csrc/ has changed since the native library was built; run pip install -e . again"
+    ]
 
 
 # -- who does what -----------------------------------------------------------------------------------------------------

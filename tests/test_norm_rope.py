@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from strategies import problems, scene_lists
-from tensors import DTYPES, SCENES, VISIBILITIES, Join, build, dtype_id, normal, same_bytes, skip_unless_able
+from tensors import DTYPES, SCENES, VISIBILITIES, Join, build, dtype_id, home, normal, same_bytes, skip_unless_able, to
 
 from lct.kernels import KVRows, NormRope, attention, norm_rope_append_, norm_rope_join, reference, select
 from lct.kernels.numerics import compare
@@ -58,9 +58,15 @@ def plain(join, geometry, spec):
     return *joint, torch.cat([join.text_qkv, join.video_qkv])[order][:, -kv_heads:]
 
 
+def joined(join, geometry, positions, spec, impl):
+    """What an implementation makes of them, on the device it is for; brought back."""
+    there, streams, positions = to(home(impl), (join, geometry.streams, positions))
+    skip_unless_able(select.NORM_ROPE, impl, there.video_qkv)
+    return [x.cpu() for x in norm_rope_join(*there, streams, positions, spec, impl)]
+
+
 def assert_join(join, scenes, geometry, spec, impl, text_scale=1.0):
-    skip_unless_able(select.NORM_ROPE, impl, join.video_qkv)
-    got = norm_rope_join(*join, geometry.streams, geometry.positions, spec, impl)
+    got = joined(join, geometry, geometry.positions, spec, impl)
     expected = truth(join, scenes, oracle.positions(scenes, text_scale), spec)
     for three in zip(got, expected, plain(join, geometry, spec), strict=True):
         compare(*three)
@@ -140,8 +146,7 @@ def test_rotation_is_right_at_position_1e5(impl, dtype):
     geometry, spec = build(SCENES).geometry(), SPECS["per head"]
     far = geometry.positions + 99_900
     join = Join.random(geometry, spec, dtype=dtype)
-    skip_unless_able(select.NORM_ROPE, impl, join.video_qkv)
-    got = norm_rope_join(*join, geometry.streams, far, spec, impl)
+    got = joined(join, geometry, far, spec, impl)
     expected = truth(join, SCENES, oracle.positions(SCENES) + 99_900, spec)
     # At the origin plain torch rotates as exactly as it can, so its error there is the yardstick.
     near, near_truth = plain(join, geometry, spec), truth(join, SCENES, oracle.positions(SCENES), spec)
@@ -173,11 +178,13 @@ def leaves_of(join):
 
 
 def apply(leaves, geometry, spec, impl="auto"):
-    skip_unless_able(select.NORM_ROPE, impl, leaves[1])
-    text_qkv, video_qkv, *norms = leaves
-    return norm_rope_join(
-        text_qkv, video_qkv, tuple(norms[:2]), tuple(norms[2:]), geometry.streams, geometry.positions, spec, impl
+    device = home(impl) if impl != "auto" else leaves[0].device
+    (text_qkv, video_qkv, *norms), streams, positions = to(
+        device, (tuple(leaves), geometry.streams, geometry.positions)
     )
+    skip_unless_able(select.NORM_ROPE, impl, video_qkv)
+    results = norm_rope_join(text_qkv, video_qkv, tuple(norms[:2]), tuple(norms[2:]), streams, positions, spec, impl)
+    return [x.cpu() for x in results]
 
 
 @pytest.mark.parametrize("scope", ["head", "row"])
@@ -228,17 +235,15 @@ def test_append_writes_the_bytes_of_join_and_nothing_else(impl, spec, dtype):
     capacity = 80
     geometry = layout.tail(1, capacity, alternatives=[scene[-1] for scene in layout.scenes])
     join = Join.random(geometry, spec, dtype=dtype)
-    skip_unless_able(select.NORM_ROPE, impl, join.video_qkv)
-    q, k, v = norm_rope_join(*join, geometry.streams, geometry.positions, spec, impl)
-    caches = poisoned_caches(2 * capacity, dtype=dtype)
-    got = norm_rope_append_(
-        *join, geometry.streams, geometry.positions, spec, KVRows(*caches, geometry.slots), impl=impl
-    )
-    assert same_bytes(got, q)
+    q, k, v = joined(join, geometry, geometry.positions, spec, impl)
+    cache = KVRows(*poisoned_caches(2 * capacity, dtype=dtype), geometry.slots)
+    there, streams, positions, cache = to(home(impl), (join, geometry.streams, geometry.positions, cache))
+    got = norm_rope_append_(*there, streams, positions, spec, cache, impl=impl)
+    assert same_bytes(got.cpu(), q)
     untouched = torch.ones(2 * capacity, dtype=torch.bool).index_fill(0, geometry.slots, False)
-    for cache, rows in zip(caches, (k, v), strict=True):
-        assert same_bytes(cache[geometry.slots], rows)
-        assert same_bytes(cache[untouched], torch.full_like(cache[untouched], float("nan")))
+    for stored, rows in zip(to("cpu", cache[:2]), (k, v), strict=True):
+        assert same_bytes(stored[geometry.slots], rows)
+        assert same_bytes(stored[untouched], torch.full_like(stored[untouched], float("nan")))
 
 
 REFUSED = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tensors import IMPLS, Inputs, Join, build, dtype_id, normal, skip_unless_able
+from tensors import IMPLS, Inputs, Join, build, dtype_id, normal, skip_unless_able, to
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -89,8 +89,8 @@ def test_opcheck_assemble(stride, check):
 
 
 MODULATION = {
-    "modulate": lambda x, y, per_shot, starts: (x, *per_shot, starts),
-    "modulate_backward": lambda x, y, per_shot, starts: (y, x, per_shot[1], starts),
+    "modulate": lambda x, y, per_shot, starts: (x, *per_shot, starts, 1e-6),
+    "modulate_backward": lambda x, y, per_shot, starts: (y, x, per_shot[1], starts, 1e-6),
     "gated": lambda x, y, per_shot, starts: (x, y, per_shot[0], starts),
     "gated_backward": lambda x, y, per_shot, starts: (x, y, per_shot[0], starts),
 }
@@ -135,18 +135,18 @@ def test_fake_stride_mismatch(impl, dtype, stride):
 # Compilation
 
 
-def scene(shots):
+def scene(shots, side=8):
     """Text, video and joint rows are never equal by accident, and every sum has more than 4096 terms: inductor reduces
     shorter ones in another way, and guards on it."""
-    return [(5, (1, 1, 1), "global"), *((3 + i, (1 + i % 3, 8, 8 + i % 2), "shot") for i in range(shots))]
+    return [(5, (1, 1, 1), "global"), *((3 + i, (1 + i % 3, side, side + i % 2), "shot") for i in range(shots))]
 
 
-LAYOUTS = {n: build([scene(n)]) for n in (1, 3, 9, 5, 2)}
+SHOTS = (1, 3, 9, 5, 2)
 
 
-def step(join, geometry, impl):
+def step(join, geometry, impl, rope):
     """One block's attention, as a training step calls it: everything about the layout was built outside."""
-    q, k, v = norm_rope_join(*join, geometry.streams, geometry.positions, SPEC)
+    q, k, v = norm_rope_join(*join, geometry.streams, geometry.positions, SPEC, rope)
     return attention(q, k, v, geometry.plan, impl=impl).square().sum()
 
 
@@ -156,17 +156,16 @@ def gradients(function, join, *arguments):
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def compilations(backend, impl):
+def compilations(backend, impl, rope="auto", device="cpu", side=8):
     """How often dynamo compiled `step` over all layouts; every result is checked against the eager one."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for seed, layout in enumerate(LAYOUTS.values()):
-        geometry = layout.geometry()
-        join = Join.random(geometry, SPEC, seed=seed)
-        for got, expected in zip(
-            gradients(compiled, join, geometry, impl), gradients(step, join, geometry, impl), strict=True
-        ):
+    for seed, shots in enumerate(SHOTS):
+        geometry = build([scene(shots, side)]).geometry(device)
+        join = to(device, Join.random(geometry, SPEC, seed=seed))
+        arguments = join, geometry, impl, rope
+        for got, expected in zip(gradients(compiled, *arguments), gradients(step, *arguments), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     return counter.frame_count
 
@@ -174,9 +173,8 @@ def compilations(backend, impl):
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
 def test_recompile_storm(impl):
     """One compilation for the first layout, one with symbolic sizes, and none for any other."""
-    if impl == "triton":
-        pytest.skip("interpreted, these layouts take minutes")
-    assert compilations("aot_eager", impl) <= 2
+    interpreted = impl == "triton"  # whose time is that of Python
+    assert compilations("aot_eager", impl, impl if interpreted else "auto", side=2 if interpreted else 8) <= 2
 
 
 def test_inductor_compiles_it_too():

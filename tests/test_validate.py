@@ -14,9 +14,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(remembered, "PATH", tmp_path / "lct" / "validated.json")
+    monkeypatch.setattr(remembered, "path", lambda: tmp_path / "lct" / "validated.json")
     monkeypatch.setattr(remembered, "_passed", frozenset())
-    return remembered.PATH
+    return remembered.path()
 
 
 def implementation(base=reference, **changed):
@@ -47,6 +47,7 @@ WRONG = {
     "norm weights": ("NORM_ROPE", {"norm_rope_join_backward": spoiled(reference.norm_rope_join_backward, 3)}, "norm"),
     "assembled keys": ("NORM_ROPE", {"assemble_": zero_rows}, "assembled keys"),
     "dscale": ("MODULATE", {"modulate_backward": spoiled(reference.modulate_backward, 2)}, "gradient of scale"),
+    "lse": ("ATTENTION", {"forward": spoiled(reference.forward, 1)}, "lse, D"),
     "an exception": ("MODULATE", {"gated": lambda *a: 1 / 0}, "ZeroDivisionError"),
 }
 
@@ -80,7 +81,23 @@ def test_what_triton_does_on_a_cpu_is_not_remembered(memory, monkeypatch):
     monkeypatch.setitem(select.MODULATE, "triton", implementation())
     monkeypatch.setattr(select, "OPERATIONS", (select.MODULATE,))
     assert {v.failure for v in validate([CPU]) if v.impl == "triton"} == {None}
-    assert not [line for line in json.loads(memory.read_text())["passed"] if "triton" in line]
+    assert not memory.exists() or "triton" not in memory.read_text()
+
+
+def test_one_gpu_that_fails_speaks_for_all_of_its_kind(memory, monkeypatch):
+    """The first device of two alike fails, the second passes."""
+    outcomes = iter(["wrong", None])
+    monkeypatch.setattr("lct.validate.failure_of", lambda *arguments: next(outcomes))
+    only = select.Operation("modulate", cuda=implementation(), reference=reference)
+    monkeypatch.setattr(select, "OPERATIONS", (only,))
+    monkeypatch.setattr("lct.validate.DTYPES", (torch.float32,))
+    assert [v.failure for v in validate([CPU, CPU])] == ["wrong", None]
+    assert not remembered.passed("modulate", "cuda", CPU, torch.float32)
+
+
+def test_a_machine_without_a_home_remembers_nothing(monkeypatch):
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert remembered._load() == frozenset()
 
 
 @pytest.mark.parametrize("text", ['{"of": "other sources", "passed": ["modulate cuda cpu float32"]}', "", "[1]", "{"])
@@ -92,7 +109,7 @@ def test_a_record_of_other_sources_or_none_counts_for_nothing(memory, text):
 
 def test_a_later_failure_takes_back_what_was_remembered(memory):
     what = ("attention", "cuda", CPU, torch.float32)
-    remembered.remember({what: True})
+    remembered.remember(*what, good=True)
     assert remembered.passed(*what)
-    remembered.remember({what: False})
+    remembered.remember(*what, good=False)
     assert not remembered.passed(*what) and remembered._load() == frozenset()

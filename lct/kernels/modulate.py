@@ -8,10 +8,14 @@ from torch import Tensor
 from lct.kernels import select
 from lct.kernels.reference import statistics_dtype
 
-torch.library.define("lct::modulate", "(Tensor x, Tensor shift, Tensor scale, Tensor starts, str impl) -> Tensor")
+EPS = 1e-6  # of the layer norm
+
+torch.library.define(
+    "lct::modulate", "(Tensor x, Tensor shift, Tensor scale, Tensor starts, float eps, str impl) -> Tensor"
+)
 torch.library.define(
     "lct::modulate_backward",
-    "(Tensor dout, Tensor x, Tensor scale, Tensor starts, str impl) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor x, Tensor scale, Tensor starts, float eps, str impl) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define("lct::gated", "(Tensor x, Tensor branch, Tensor gate, Tensor starts, str impl) -> Tensor")
 torch.library.define(
@@ -21,13 +25,13 @@ torch.library.define(
 
 
 @torch.library.impl("lct::modulate", "default")
-def _modulate(x, shift, scale, starts, impl):
-    return select.MODULATE[impl].modulate(x, shift, scale, starts)
+def _modulate(x, shift, scale, starts, eps, impl):
+    return select.MODULATE[impl].modulate(x, shift, scale, starts, eps)
 
 
 @torch.library.impl("lct::modulate_backward", "default")
-def _modulate_backward(dout, x, scale, starts, impl):
-    return select.MODULATE[impl].modulate_backward(dout, x, scale, starts)
+def _modulate_backward(dout, x, scale, starts, eps, impl):
+    return select.MODULATE[impl].modulate_backward(dout, x, scale, starts, eps)
 
 
 @torch.library.impl("lct::gated", "default")
@@ -47,7 +51,7 @@ def _like_x(x, *rest):
 
 
 @torch.library.register_fake("lct::modulate_backward")
-def _modulate_backward_fake(dout, x, scale, starts, impl):
+def _modulate_backward_fake(dout, x, scale, *rest):
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
@@ -61,11 +65,11 @@ class _Modulate(torch.autograd.Function):
     def forward(ctx, x, shift, scale, starts, impl):
         ctx.save_for_backward(x, scale, starts)
         ctx.impl = impl
-        return torch.ops.lct.modulate(x, shift, scale, starts, impl)
+        return torch.ops.lct.modulate(x, shift, scale, starts, EPS, impl)
 
     @staticmethod
     def backward(ctx, dout):
-        return *torch.ops.lct.modulate_backward(dout, *ctx.saved_tensors, ctx.impl), None, None
+        return *torch.ops.lct.modulate_backward(dout, *ctx.saved_tensors, EPS, ctx.impl), None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -121,6 +125,11 @@ def _check(x: Tensor, starts: Tensor, **per_shot: Tensor) -> None:
             f"starts: expected int32 [shots + 1] on {x.device}, "
             f"got {list(starts.shape)} {starts.dtype} on {starts.device}"
         )
+    # On a GPU this look would wait for the device, and in a compiled region its numbers are not there yet.
+    if starts.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = starts.tolist()
+        if ends[:1] != [0] or ends != sorted(ends) or ends[-1] != len(x):
+            raise ValueError(f"starts: expected 0, then ever later rows, last the number of rows {len(x)}, got {ends}")
     for name, value in per_shot.items():
         if value.shape != (len(starts) - 1, x.shape[1]) or value.device != x.device:
             raise ValueError(

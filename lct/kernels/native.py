@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache
 from importlib import metadata
@@ -26,8 +27,16 @@ def _installed() -> str | None:
         return None
 
 
+def _changed(record: dict[str, Any], csrc: Path) -> bool:
+    """Whether a checkout's sources are others than those that were built."""
+    files = sorted(csrc.iterdir()) if csrc.is_dir() else []
+    now = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    return bool(record and files) and record["sources"] != now
+
+
 # At import: a compiled region, which asks for reasons while it is traced, must not look into files.
 RECORD, INSTALLED = _read(FOLDER), _installed()
+CHANGED = _changed(RECORD, FOLDER.parent / "csrc")
 
 
 def built() -> dict[str, Any]:
@@ -55,6 +64,8 @@ def reasons(part: str, device: torch.device) -> list[str]:
         return ["the native library is not built; pip install -e . builds it"]
     if part not in RECORD["built"]:
         return [f"the native library was built without {part}: {RECORD['left_out'][part]}"]
+    if CHANGED:
+        return [f"csrc/ has changed since the native library was built; {AGAIN}"]
     if INSTALLED is None:
         return [f"apache-tvm-ffi is not installed; pip install apache-tvm-ffi=={RECORD['tvm_ffi']}"]
     if RECORD["tvm_ffi"] != INSTALLED:

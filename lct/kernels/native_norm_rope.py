@@ -41,11 +41,6 @@ def reasons(part: str, qkv: Tensor, *stored: Tensor) -> list[str]:
     return against
 
 
-def validated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Not wherever it was tried: its tests have not passed on a GPU."""
-    return False
-
-
 def norm_rope_join(
     streams: Sequence[Stream],
     positions: Tensor,
@@ -156,7 +151,7 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _implementation(part: str) -> SimpleNamespace:
-    functions = (norm_rope_join, norm_rope_join_backward, norm_rope_append_, assemble_, validated)
+    functions = (norm_rope_join, norm_rope_join_backward, norm_rope_append_, assemble_)
     named = {function.__name__: function for function in functions}
     return SimpleNamespace(__name__=__name__, reasons=partial(reasons, part), **named)
 

@@ -272,22 +272,22 @@ def norm_rope_join_backward(
 
 # -- modulation --------------------------------------------------------------------------------------------------------
 
-LAYER_NORM_EPS = 1e-6
 
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, starts: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, starts: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) · (1 + scale[shot]) + shift[shot]; x [R, C], shift and scale [N, C], starts [N + 1] -> [R, C]."""
     shot = shot_of_rows(starts, len(x))
-    normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
     return (normed * (1 + F.embedding(shot, scale)) + F.embedding(shot, shift)).to(x.dtype).contiguous()
 
 
-def modulate_backward(dout: Tensor, x: Tensor, scale: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def modulate_backward(
+    dout: Tensor, x: Tensor, scale: Tensor, starts: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """With x̂ = (x − mean) r and g = dout · (1 + scale): dx = r (g − mean g − x̂ · mean(g x̂)), and sums over each shot's
     rows, dshift = Σ dout, dscale = Σ dout · x̂."""
     shot, width = shot_of_rows(starts, len(x)), x.shape[-1:]
     wide, dout = x.to(scale.dtype), dout.to(scale.dtype)
-    normed, mean, inverse = torch.native_layer_norm(wide, width, None, None, LAYER_NORM_EPS)
+    normed, mean, inverse = torch.native_layer_norm(wide, width, None, None, eps)
     g = (dout * (1 + F.embedding(shot, scale))).contiguous()
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         g, wide, width, mean, inverse, None, None, [True, False, False]

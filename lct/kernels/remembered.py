@@ -1,6 +1,6 @@
 """What `lct doctor --validate` has found on this machine, kept between runs in the user's cache folder.
 
-A verdict holds for the kernels' sources, torch and Triton that it was given for; after any change it is forgotten.
+A verdict holds for the sources, torch and Triton that it was given for; after any change it is forgotten.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-
-PATH = Path.home() / ".cache" / "lct" / "validated.json"
 
 
 def kind(device: torch.device) -> str:
@@ -28,17 +26,22 @@ def passed(operation: str, impl: str, device: torch.device, dtype: torch.dtype) 
     return _key(operation, impl, device, dtype) in _passed
 
 
-def remember(verdicts: dict[tuple[str, str, torch.device, torch.dtype], bool]) -> None:
-    """Keep what was found of (operation, implementation, device, dtype), over what was known of the same."""
+def path() -> Path:
+    """Where it is kept."""
+    return Path.home() / ".cache" / "lct" / "validated.json"
+
+
+def remember(operation: str, impl: str, device: torch.device, dtype: torch.dtype, good: bool) -> None:
+    """Keep a verdict at once, over what was known of the same: what comes after may not come back."""
     global _passed
-    known = set(_passed)
-    for what, good in verdicts.items():
-        (known.add if good else known.discard)(_key(*what))
-    PATH.parent.mkdir(parents=True, exist_ok=True)
-    partial = PATH.with_suffix(".partial")
+    key = _key(operation, impl, device, dtype)
+    known = _passed | {key} if good else _passed - {key}
+    file = path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
     partial.write_text(json.dumps({"of": _fingerprint(), "passed": sorted(known)}, indent=1) + "\n")
-    partial.replace(PATH)
-    _passed = frozenset(known)
+    partial.replace(file)
+    _passed = known
 
 
 def _key(operation: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -48,17 +51,19 @@ def _key(operation: str, impl: str, device: torch.device, dtype: torch.dtype) ->
 def _load() -> frozenset[str]:
     """What passed, as far as it is about these sources and versions; nothing where the file cannot be read."""
     try:
-        record = json.loads(PATH.read_text())
+        record = json.loads(path().read_text())
         return frozenset(record["passed"]) if record["of"] == _fingerprint() else frozenset()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: there is no home
         return frozenset()
 
 
 def _fingerprint() -> str:
-    here = Path(__file__).parent
+    lct = Path(__file__).parents[1]
     versions = [f"{d.name} {d.version}" for d in metadata.distributions(name="triton")]
     digest = hashlib.sha256(f"torch {torch.__version__} {versions}".encode())
-    for path in sorted([*here.glob("*.py"), *here.parent.glob("_native.*")]):
+    for path in sorted(
+        [*lct.glob("kernels/*.py"), *lct.glob("_native.*"), lct / "plan.py", lct / "layout.py", lct / "validate.py"]
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

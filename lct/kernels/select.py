@@ -4,6 +4,7 @@ implementation that is validated for the device and dtype. Nothing falls back in
 from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,16 +14,14 @@ try:
     from lct.kernels import triton_attention, triton_modulate, triton_norm_rope
 except ImportError as error:
     why = f"Triton does not import ({error}); pip install triton"
-    triton_attention = triton_modulate = triton_norm_rope = SimpleNamespace(
-        reasons=lambda *tensors: [why], validated=lambda device, dtype: False
-    )
+    triton_attention = triton_modulate = triton_norm_rope = SimpleNamespace(reasons=lambda *tensors: [why])
 
 
 class Operation(dict[str, ModuleType | SimpleNamespace]):
     """Implementations by name, fastest first. `reference` can do everything and stands last.
 
-    Each tells by `reasons` why it cannot take some tensors, and by `validated` whether it has passed its tests on that
-    kind of device wherever it was tried; `lct doctor --validate` adds what has passed on this machine.
+    Each tells by `reasons` why it cannot take some tensors, and may tell by `validated` that it has passed its tests on
+    some kind of device wherever it was tried; `lct doctor --validate` adds what has passed on this machine.
     """
 
     def __init__(self, name: str, **implementations: ModuleType | SimpleNamespace):
@@ -34,7 +33,8 @@ class Operation(dict[str, ModuleType | SimpleNamespace]):
         device, dtype = tensors[0].device, tensors[0].dtype
         if against := self[impl].reasons(*tensors):
             return against
-        if self[impl].validated(device, dtype) or remembered.passed(self.name, impl, device, dtype):
+        everywhere = hasattr(self[impl], "validated") and self[impl].validated(device, dtype)
+        if everywhere or remembered.passed(self.name, impl, device, dtype):
             return []
         name = str(dtype).removeprefix("torch.")
         return [f"not validated on this {device.type} in {name}: ask for it by name, or run `lct doctor --validate`"]
@@ -58,18 +58,30 @@ NAMES = tuple(dict.fromkeys(name for operation in OPERATIONS for name in operati
 
 
 def choose(operation: Operation, impl: str, *tensors: Tensor) -> str:
-    """The name of the implementation to run; ValueError names what stands against an explicit choice.
-
-    One name is given for a whole model: an operation that has no implementation of that name ("sdpa" is one of
-    attention alone) takes what "auto" would.
-    """
-    if impl != "auto" and impl not in NAMES:
-        raise ValueError(f"impl: expected 'auto' or one of {NAMES}, got {impl!r}")
-    if impl not in operation:
+    """The name of the implementation to run; ValueError names what stands against an explicit choice."""
+    if impl == "auto":
         return operation.auto(*tensors)
+    if impl not in operation:
+        raise ValueError(f"impl: {operation.name} takes 'auto' or one of {tuple(operation)}, got {impl!r}")
     against = operation[impl].reasons(*tensors)
     if against:
         raise ValueError(
             f"impl={impl!r} cannot run: {'; '.join(against)}. Use impl='auto' or another of {tuple(operation)}"
         )
     return impl
+
+
+class Choice(NamedTuple):
+    """Who computes each operation of a model."""
+
+    attention: str
+    norm_rope: str
+    modulate: str
+
+    @classmethod
+    def of(cls, impl: str) -> Choice:
+        """One name for a whole model: an operation that has no implementation of that name ("sdpa" is one of attention
+        alone) takes what "auto" would. ValueError where no operation has one."""
+        if impl != "auto" and impl not in NAMES:
+            raise ValueError(f"impl: expected 'auto' or one of {NAMES}, got {impl!r}")
+        return cls(*(impl if impl in operation else "auto" for operation in OPERATIONS))

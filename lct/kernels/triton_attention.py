@@ -272,14 +272,18 @@ def tiles(kernel: str, dim: int, itemsize: int, hopper: bool) -> Tiles:
     do not depend on what was tuned where."""
     if itemsize == 4:  # exact fp32 products run on plain FMAs, every operand in a register
         return Tiles(32, 32, 1, 1) if triton_common.INTERPRETED else Tiles(16, 16, 8, 1)
-    wide, padded = dim > 64, dim & (dim - 1) != 0
+    # Blocks are as long as registers allow without a spill, on Triton 3.6 as on 3.9. Before Hopper, operands wait in
+    # registers; head dims that are no multiple of 32 need masks for their channels too.
+    wide, padded, odd = dim > 64, dim & (dim - 1) != 0, dim % 32 != 0
     if kernel == "forward":
-        return Tiles(128, 128, 8, 2 if wide else 3) if hopper else Tiles(128, 32 if wide else 64, 8, 3)
-    # Elsewhere blocks are as long as registers allow without a spill: before Hopper, operands wait in registers.
+        if hopper:
+            return Tiles(128, 128, 8, 2 if wide else 3)
+        return Tiles(128, (16 if odd else 32) if wide else 64, 8, 2 if odd else 3)
     if kernel == "dq":
-        return Tiles(128, 64 if hopper and not (wide and padded) else 32, 8, 2)
+        rows = (32 if wide and padded else 64) if hopper else (16 if wide else 32)
+        return Tiles(128, rows, 8, 2)
     if hopper:
-        return Tiles(32 if wide and padded else 64, 128, 8, 2)
+        return Tiles(32, 64 if odd else 128, 8, 2 if odd else 3) if wide else Tiles(64, 128, 8, 2)
     return Tiles(16 if wide else 32, 128, 8, 2)
 
 
@@ -289,11 +293,6 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     if q.shape[2] % 8 or not 16 <= q.shape[2] <= 128:
         against.append(f"takes head dims 16, 24, …, 128, got {q.shape[2]}")
     return against
-
-
-def validated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Not before its tests have passed on a GPU."""
-    return False
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ from lct.kernels import triton_common
 from lct.kernels.triton_common import on, reachable
 
 TILE = 32  # rows of a program
-EPS = tl.constexpr(1e-6)
 
 
 # -- what every kernel does --------------------------------------------------------------------------------------------
@@ -59,10 +58,10 @@ def _store(x, value, row, stride, C: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _normed(x, C: tl.constexpr, P: tl.constexpr):
+def _normed(x, eps, C: tl.constexpr, P: tl.constexpr):
     """(x − mean) / deviation of one row, and 1 / deviation."""
     centred = tl.where(tl.arange(0, P) < C, x - tl.sum(x, 0) / C, 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred, 0) / C + EPS)
+    inverse = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
     return centred * inverse, inverse
 
 
@@ -71,20 +70,20 @@ def _normed(x, C: tl.constexpr, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def modulate_kernel(
-    x, shift, scale, out, starts, count, x_row, shift_row, scale_row,
+    x, shift, scale, out, starts, count, x_row, shift_row, scale_row, eps,
     C: tl.constexpr, P: tl.constexpr, SHOTS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     shot, first, end = _find_rows(starts, count, SHOTS, T)
     if first < end:
         factor, offset = 1 + _load(scale, shot, scale_row, C, P), _load(shift, shot, shift_row, C, P)
         for row in range(first, end):
-            normed, _ = _normed(_load(x, row, x_row, C, P), C, P)
+            normed, _ = _normed(_load(x, row, x_row, C, P), eps, C, P)
             _store(out, normed * factor + offset, row, C, C, P)
 
 
 @triton.jit(do_not_specialize=["count"])
 def modulate_backward_kernel(
-    dout, x, scale, dx, shift_parts, scale_parts, starts, count, dout_row, x_row, scale_row,
+    dout, x, scale, dx, shift_parts, scale_parts, starts, count, dout_row, x_row, scale_row, eps,
     C: tl.constexpr, P: tl.constexpr, SHOTS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile's rows, and the tile's part of dshift and dscale."""
@@ -93,7 +92,7 @@ def modulate_backward_kernel(
         factor = 1 + _load(scale, shot, scale_row, C, P)
         d_shift, d_scale = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
         for row in range(first, end):
-            normed, inverse = _normed(_load(x, row, x_row, C, P), C, P)
+            normed, inverse = _normed(_load(x, row, x_row, C, P), eps, C, P)
             upstream = _load(dout, row, dout_row, C, P)
             g = upstream * factor
             mean, along = tl.sum(g, 0) / C, tl.sum(g * normed, 0) / C
@@ -158,22 +157,19 @@ def reasons(x: Tensor) -> list[str]:
     return against
 
 
-def validated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Not before its tests have passed on a GPU."""
-    return False
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, starts: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, starts: Tensor, eps: float) -> Tensor:
     """See `reference.modulate`."""
     out = x.new_empty(x.shape)
-    _launch(modulate_kernel, (x, shift, scale), (out,), starts)
+    _launch(modulate_kernel, (x, shift, scale), (out,), starts, eps)
     return out
 
 
-def modulate_backward(dout: Tensor, x: Tensor, scale: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def modulate_backward(
+    dout: Tensor, x: Tensor, scale: Tensor, starts: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.modulate_backward`."""
     dx, shift_parts, scale_parts = x.new_empty(x.shape), _parts(x, starts), _parts(x, starts)
-    _launch(modulate_backward_kernel, (dout, x, scale), (dx, shift_parts, scale_parts), starts)
+    _launch(modulate_backward_kernel, (dout, x, scale), (dx, shift_parts, scale_parts), starts, eps)
     return dx, _add_up(shift_parts, starts, scale), _add_up(scale_parts, starts, scale)
 
 
@@ -191,7 +187,7 @@ def gated_backward(dout: Tensor, branch: Tensor, gate: Tensor, starts: Tensor) -
     return d_branch, _add_up(parts, starts, gate)
 
 
-def _launch(kernel, given: tuple[Tensor, ...], written: tuple[Tensor, ...], starts: Tensor) -> None:
+def _launch(kernel, given: tuple[Tensor, ...], written: tuple[Tensor, ...], starts: Tensor, *rest: float) -> None:
     """A program for every tile of rows. Tiles never cross a shot, so there is at most one partial tile more for each:
     the grid follows from shapes alone."""
     given = tuple(reachable(x) for x in given)
@@ -200,7 +196,7 @@ def _launch(kernel, given: tuple[Tensor, ...], written: tuple[Tensor, ...], star
     if rows:
         with on(starts.device):
             kernel[_tiles_at_most(rows, starts),](
-                *given, *written, starts, len(starts) - 1, *(x.stride(0) for x in given),
+                *given, *written, starts, len(starts) - 1, *(x.stride(0) for x in given), *rest,
                 C=channels, P=padded, SHOTS=_padded_shots(starts), T=TILE, num_warps=min(16, max(4, padded // 512)),
             )  # fmt: skip
 

@@ -295,11 +295,6 @@ def reasons(qkv: Tensor, *stored: Tensor) -> list[str]:
     return against
 
 
-def validated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Not before its tests have passed on a GPU."""
-    return False
-
-
 def norm_rope_join(
     streams: Sequence[Stream],
     positions: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lct.kernels import KVRows, assemble_
+from lct.kernels.select import Choice
 from lct.layout import SceneLayout
 from lct.model.config import ModelConfig
 
@@ -16,11 +17,10 @@ from lct.model.config import ModelConfig
 class _Stored:
     """Per block, keys and values [scenes·capacity, A_kv, D]; scene b owns rows b·capacity onward."""
 
-    def __init__(self, config: ModelConfig, scenes: int, capacity: int, dtype: torch.dtype, device: str | torch.device):
+    def __init__(self, config: ModelConfig, scenes: int, capacity: int, dtype, device, pinned: bool = False):
         if scenes < 1 or capacity < 1:
             raise ValueError(f"scenes, capacity: expected at least 1 of each, got {scenes} and {capacity}")
         shape = (scenes * capacity, config.kv_heads, config.head_dim)
-        pinned = torch.device(device).type == "cpu" and torch.cuda.is_available()  # a GPU's kernels reach it there
 
         def tensors() -> list[Tensor]:
             return [torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned) for _ in range(config.blocks)]
@@ -78,7 +78,11 @@ class HistoryPool(_Stored):
     """Finished shots from which later ones choose (§ 3.4): keys before their rotation, and values, of every block.
 
     Positions belong to the reading, not to the storing: `assemble_` turns the keys of chosen shots to where they stand
-    in their new context. The pool may lie in CPU memory while the model and its cache are on a GPU.
+    in their new context. The pool may lie in CPU memory while the model and its cache are on a GPU: kernels then read
+    and write it in place, and it must outlive their launches (`torch.cuda.synchronize` before it is let go).
+
+    device   where it lies
+    read_by  the model's device; memory is pinned where that is a GPU and the pool is not
     """
 
     def __init__(
@@ -88,8 +92,10 @@ class HistoryPool(_Stored):
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        read_by: str | torch.device = "cpu",
     ):
-        super().__init__(config, scenes, capacity, dtype, device)
+        pinned = torch.device(device).type == "cpu" and torch.device(read_by).type == "cuda"
+        super().__init__(config, scenes, capacity, dtype, device, pinned)
         self.spec = config.norm_rope()
         self.shots: list[list[range]] = [[] for _ in range(scenes)]
 
@@ -133,13 +139,13 @@ class HistoryPool(_Stored):
                 f"chosen: expected as many shots of every scene, {expected} rows of them as in the layout and at most "
                 f"{cache.capacity} a scene, got {list(chosen)} of {sizes} rows"
             )
-        device = cache.keys[0].device
+        device, choice = cache.keys[0].device, Choice.of(impl).norm_rope
         sources = _rows_of(room for scene in rooms for room in scene).to(device)
         starts = (b * cache.capacity for b in range(cache.scenes))
         slots = _rows_of(range(start, start + size) for start, size in zip(starts, sizes, strict=True)).to(device)
         positions = layout.positions(text_scale, device)
         for pool, context in zip(self.at(sources), cache.at(slots), strict=True):
-            assemble_(pool, context, positions, self.spec, impl)
+            assemble_(pool, context, positions, self.spec, choice)
         cache.shots = len(chosen[0])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lct.kernels import KVRows, attention, gated, modulate, norm_rope_append_, norm_rope_join
 from lct.kernels.reference import statistics_dtype
+from lct.kernels.select import Choice
 from lct.layout import Geometry, SceneLayout
 from lct.model.cache import KVCache
 from lct.model.config import ModelConfig
@@ -71,14 +72,14 @@ class Block(nn.Module):
         geometry: Geometry,
         cache: KVRows | None,
         pool: KVRows | None,
-        impl: str,
+        choice: Choice,
     ) -> tuple[Tensor, Tensor]:
         s = geometry.streams
         text_m = self.text.modulation(shots).chunk(6 if self.text.finishes else 2, dim=-1)
         video_m = self.video.modulation(shots).chunk(6, dim=-1)
         joined = (
-            self.text.project(text, s.text_starts, impl, *text_m[:2]),
-            self.video.project(video, s.video_starts, impl, *video_m[:2]),
+            self.text.project(text, s.text_starts, choice.modulate, *text_m[:2]),
+            self.video.project(video, s.video_starts, choice.modulate, *video_m[:2]),
             (self.text.q_norm, self.text.k_norm),
             (self.video.q_norm, self.video.k_norm),
             s,
@@ -86,14 +87,15 @@ class Block(nn.Module):
             self.spec,
         )
         if cache is None:
-            q, k, v = norm_rope_join(*joined, impl=impl)
+            q, k, v = norm_rope_join(*joined, impl=choice.norm_rope)
         else:
-            q, k, v = norm_rope_append_(*joined, cache, pool, impl=impl), cache.keys, cache.values
-        attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=impl))
+            q, k, v = norm_rope_append_(*joined, cache, pool, impl=choice.norm_rope), cache.keys, cache.values
+        attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=choice.attention))
         if self.text.finishes:
-            text = self.text.finish(text, attended.index_select(0, s.text_rows), s.text_starts, impl, *text_m[2:])
+            text_attended = attended.index_select(0, s.text_rows)
+            text = self.text.finish(text, text_attended, s.text_starts, choice.modulate, *text_m[2:])
         video_attended = attended.index_select(0, s.video_rows)
-        return text, self.video.finish(video, video_attended, s.video_starts, impl, *video_m[2:])
+        return text, self.video.finish(video, video_attended, s.video_starts, choice.modulate, *video_m[2:])
 
 
 class MMDiT(nn.Module):
@@ -154,10 +156,11 @@ class MMDiT(nn.Module):
         cache     keys and values of earlier shots; the rows given here are written into it at `geometry.slots`,
                   which commits nothing: see `KVCache`
         pool      per block, where keys before their rotation, and values, go as well: see `HistoryPool`
-        impl      who computes the operations; see `select.choose`
+        impl      who computes the operations; see `select.Choice`
 
         Returns [S_video, patch channels]. Global prompts get a velocity like any shot; callers discard it.
         """
+        choice = Choice.of(impl)
         if isinstance(geometry, SceneLayout):
             geometry = geometry.geometry(video.device)
         if not torch.compiler.is_compiling():  # sizes read here would become guards, one compilation a layout
@@ -171,9 +174,9 @@ class MMDiT(nn.Module):
         nowhere = [None] * len(self.blocks)
         caches = nowhere if cache is None else cache.at(cast(Tensor, geometry.slots))
         for block, *kv in zip(self.blocks, caches, pool or nowhere, strict=True):
-            x_text, x_video = block(x_text, x_video, shots, geometry, *kv, impl)
+            x_text, x_video = block(x_text, x_video, shots, geometry, *kv, choice)
         shift, scale = self.last_modulation(shots).chunk(2, dim=-1)
-        return self.video_out(modulate(x_video, shift, scale, geometry.streams.video_starts, impl))
+        return self.video_out(modulate(x_video, shift, scale, geometry.streams.video_starts, choice.modulate))
 
     def _check(self, video: Tensor, text: Tensor, times: Tensor, geometry: Geometry, cache: KVCache | None) -> None:
         s, c = geometry.streams, self.config

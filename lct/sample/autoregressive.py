@@ -44,6 +44,9 @@ class _History:
     def _text(self, prompted: Sequence[Prompted]) -> Tensor:
         return features(self.model, prompted, self.device)
 
+    def close(self) -> None:
+        """Wait until what this holds may be let go."""
+
     def _remember(self, new: Sequence[Prompted]) -> None:
         for scene, shot in zip(self.shots, new, strict=True):
             scene.append(shot)
@@ -99,7 +102,8 @@ class PooledHistory(CachedHistory):
     """The same cache, filled anew for every shot with those that it chooses from a pool of all finished ones (§ 3.4).
 
     Chosen shots stand one after another at compact positions, as if there had been no others. Their keys and values
-    are those of the pass that finished them, in the context they saw then.
+    are those of the pass that finished them, in the context they saw then. `capacity` rows hold the longest context,
+    `pool_capacity` rows all finished shots of a scene.
     """
 
     def __init__(
@@ -108,11 +112,14 @@ class PooledHistory(CachedHistory):
         scenes: int,
         capacity: int,
         sampling: Sampling,
+        pool_capacity: int,
         impl: str = "auto",
         pool_device: str | torch.device | None = None,
     ):
         super().__init__(model, scenes, capacity, sampling, impl=impl)
-        self.pool = HistoryPool(model.config, scenes, capacity, self.dtype, pool_device or self.device)
+        self.pool = HistoryPool(
+            model.config, scenes, pool_capacity, self.dtype, pool_device or self.device, self.device
+        )
         self.finished: list[list[Prompted]] = [[] for _ in range(scenes)]
 
     def choose(self, shots: Sequence[int]) -> None:
@@ -130,6 +137,10 @@ class PooledHistory(CachedHistory):
         self._write(new, latents, time, self.pool.at(slots))
         for scene, shot in zip(self.finished, new, strict=True):
             scene.append(shot)
+
+    def close(self) -> None:
+        if self.pool.keys[0].device != self.device:
+            torch.cuda.synchronize(self.device)  # kernels may still be reading what is about to be freed
 
 
 class RecomputedHistory(_History):
@@ -204,17 +215,9 @@ def autoregressive(
     prompts = [Prompted.global_prompt(model, s.global_prompt) for s in scenes if s.global_prompt is not None]
     if chosen is not None:
         _check_chosen(chosen, len(new_columns), visibility, cached)
-    if cached:
-        columns = [*new_columns, prompts] if prompts else new_columns
-        rows = [sum(column[b].shot.rows for column in columns) for b in range(len(scenes))]
-        spare = max(p.shot.rows for column in new_columns for p in column) if sampling.guidance != 1 else 0
-        size = model, len(scenes), max(rows) + spare, sampling
-        if chosen is None:
-            history = CachedHistory(*size, visibility, impl)
-        else:
-            history = PooledHistory(*size, impl, pool_device)
-    else:
-        history = RecomputedHistory(model, len(scenes), sampling, visibility, impl)
+    elif pool_device is not None:
+        raise ValueError(f"pool_device: there is a pool only where shots are chosen, got {pool_device!r} and no choice")
+    history = _history(model, prompts, new_columns, sampling, visibility, cached, impl, chosen, pool_device)
     like = state(model)
     if prompts:
         history.commit(prompts, [like.new_zeros(1, like.shape[1])] * len(scenes), 0.0)
@@ -234,7 +237,28 @@ def autoregressive(
             history.commit(new, [as_history(x, r, time) for x, r in zip(latents, requests, strict=True)], time)
         for scene, x in zip(finished, latents, strict=True):
             scene.append(x)
+    history.close()
     return finished
+
+
+def _history(model, prompts, columns, sampling, visibility, cached, impl, chosen, pool_device):
+    """The history that `autoregressive` asks for, with room for the longest context of any scene."""
+    if not cached:
+        return RecomputedHistory(model, len(columns[0]), sampling, visibility, impl)
+    copies = 2 if sampling.guidance != 1 else 1  # a shot, and its version with the null prompt
+    rows = [[p.shot.rows for p in scene] for scene in zip(*columns, strict=True)]
+    shared = [p.shot.rows for p in prompts] or [0] * len(rows)
+    seen = chosen or [range(i) for i in range(len(columns))]
+    capacity = max(
+        first + sum(scene[i] for i in earlier) + copies * scene[index]
+        for first, scene in zip(shared, rows, strict=True)
+        for index, earlier in enumerate(seen)
+    )
+    size = model, len(rows), max(capacity, *shared), sampling
+    if chosen is None:
+        return CachedHistory(*size, visibility, impl)
+    pooled = max(first + sum(scene[:-1]) for first, scene in zip(shared, rows, strict=True))
+    return PooledHistory(*size, max(pooled, 1), impl, pool_device)
 
 
 def _check_chosen(chosen: Sequence[Sequence[int]], shots: int, visibility: str, cached: bool) -> None:

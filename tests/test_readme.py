@@ -38,6 +38,7 @@ def is_set_up(line: str) -> bool:
 def run(command: list[str]) -> subprocess.CompletedProcess:
     """A command at the root of the repository, with this interpreter's programs first in PATH."""
     env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    env.pop("TRITON_INTERPRET", None)  # as in a user's shell
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 

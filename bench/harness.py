@@ -23,6 +23,8 @@ from rich.table import Table
 from lct.kernels.numerics import compare
 
 Run = Callable[[], object]
+# Dense bf16 and fp16 matrix products by the vendor's datasheet, TFLOP/s.
+PEAKS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312}
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -158,7 +160,9 @@ def ceilings(s: Setting, clock: Clock) -> dict[str, float]:
     target = torch.empty_like(source)
     times = interleaved({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, clock, 2.0)
     matmul, copy = (statistics.median(times[name]) for name in ("matmul", "copy"))
-    return {"matmul_tflops": 2 * n**3 / matmul / 1e9, "copy_gb_s": 2 * source.nbytes / copy / 1e6}
+    found = {"matmul_tflops": 2 * n**3 / matmul / 1e9, "copy_gb_s": 2 * source.nbytes / copy / 1e6}
+    name = torch.cuda.get_device_name(s.device) if s.gpu and s.dtype != torch.float32 else ""
+    return found | {"peak_tflops": peak for gpu, peak in PEAKS.items() if gpu in name}
 
 
 def measure(question: str, cases: Iterable[Case], left_out: dict[str, str], s: Setting) -> dict:
@@ -215,6 +219,10 @@ def _figures(ms: list[float], case: Case, limits: dict[str, float]) -> dict:
     if case.flops:
         rate = case.flops / middle / 1e9
         figures |= {"tflops": rate, "of_matmul": rate / limits["matmul_tflops"]}
+        if "peak_tflops" in limits:
+            figures["of_peak"] = rate / limits["peak_tflops"]
+    if "tokens" in case.about:
+        figures["tokens_s"] = 1e3 * case.about["tokens"] / middle
     if case.bytes:
         rate = case.bytes / middle / 1e6
         figures |= {"gb_s": rate, "of_copy": rate / limits["copy_gb_s"]}
@@ -317,6 +325,8 @@ def _short(why: str | None) -> str:
 
 
 def _rates(r: dict) -> tuple[str, str]:
+    if "tokens_s" in r:
+        return f"{r['tokens_s']:,.0f} tokens/s", f"{r['of_matmul']:.0%} of matmul"
     if "tflops" in r:
         rate = f"{r['tflops']:.3g} TFLOP/s" if r["tflops"] >= 1 else f"{1e3 * r['tflops']:.3g} GFLOP/s"
         return rate, f"{r['of_matmul']:.0%} of matmul"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- end of results -->"
 BENCH_BEGIN, BENCH_END = "<!-- benchmarks: written by bench/report.py -->", "<!-- end of benchmarks -->"
-PLOT = ROOT / "docs" / "bench-cpu.svg"
+PLOT, CASES = ROOT / "docs" / "bench-cpu.svg", ROOT / "docs" / "bench-cpu.md"
 QUESTIONS = ("attention", "norm_rope", "modulate", "plan", "training", "generation")
 
 
@@ -72,16 +72,30 @@ def _gain(losses: dict) -> float:
 
 
 def benchmarks() -> str:
-    """The section of the benchmarks: a sentence a question, and every case with its best on either side."""
+    """The README's section: how it was measured, and who wins, a sentence a question."""
     records = [record(f"{name}-cpu") for name in QUESTIONS]
     first = records[0]
     lines = [
         f"`lct bench` on {first['threads']} cores of an {first['device']}, {first['dtype']}, torch {first['torch']}: "
         f"there a matrix product runs at {1e3 * first['matmul_tflops']:.0f} GFLOP/s, a copy at "
         f"{first['copy_gb_s']:.0f} GB/s. Every number is a median of launches in turns with the peers', after its "
-        "result was found right; a ratio above 1 says that we are faster than the fastest of them.",
+        f"result was found right. [Every case]({CASES.relative_to(ROOT).as_posix()}). Not yet run on a GPU.",
         "",
         *(f"- {sentence(r)}" for r in records),
+        "",
+        f"![Growth and roofline]({PLOT.relative_to(ROOT).as_posix()})",
+    ]
+    return "\n".join(lines)
+
+
+def cases() -> str:
+    """All cases on a page of their own: our fastest, the best peer, and how time grows."""
+    records = [record(f"{name}-cpu") for name in QUESTIONS]
+    lines = [
+        "# Every benchmark's cases",
+        "",
+        "Written by `python bench/report.py` from the records in `bench/results`. A ratio above 1 says that we are faster "
+        "than the fastest peer.",
         "",
         "| case | ours | ms | the best peer | ms | ratio |",
         "|---|---|---|---|---|---|",
@@ -90,20 +104,17 @@ def benchmarks() -> str:
         ours, peer = w["ours"], w["peer"]
         theirs = f"{peer['provider']} | {peer['ms']:.3g} | {w['ratio']:.2f}" if peer else "none | | "
         lines.append(f"| {w['case']} | {ours['provider']} | {ours['ms']:.3g} | {theirs} |")
-    lines += ["", *_grown(records), "", f"![Growth and roofline]({PLOT.relative_to(ROOT).as_posix()})"]
-    return "\n".join(lines)
-
-
-def _grown(records: list[dict]) -> list[str]:
-    """How time grows, of ours and of the peers, where the records fitted it."""
-    found = [g for r in records for g in r["growth"]]
-    rows = [
-        f"| {g['case']} | {g['provider']} | {g['against']} | {g['exponent']:.2f} | "
-        f"{format(g['predicted'], '.2f') if 'predicted' in g else ''} |"
-        for g in found
-    ]
-    head = ["| time grows in | of | as a power of | measured | FLOPs or bytes predict |", "|---|---|---|---|---|"]
-    return [*head, *rows] if rows else []
+    lines += ["", "| saying who sees whom | rows | ms | bytes |", "|---|---|---|---|"]
+    for r in records[QUESTIONS.index("plan")]["rows"]:
+        found = f"{r['ms']:.3g} | {r['result_bytes']:,} |" if "ms" in r else f"{r['why_not']} | |"
+        lines.append(f"| {r['provider']} | {r['rows']:,} | {found}")
+    lines += ["", "| time grows in | of | as a power of | measured | FLOPs or bytes predict |", "|---|---|---|---|---|"]
+    for g in (g for r in records for g in r["growth"]):
+        predicted = format(g["predicted"], ".2f") if "predicted" in g else ""
+        lines.append(f"| {g['case']} | {g['provider']} | {g['against']} | {g['exponent']:.2f} | {predicted} |")
+    left = {name: why for r in records for name, why in r["left_out"].items()}
+    lines += ["", "| not measured here | why |", "|---|---|", *(f"| {name} | {why} |" for name, why in left.items())]
+    return "\n".join(lines) + "\n"
 
 
 def digest() -> str:
@@ -162,4 +173,5 @@ def renewed(readme: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
+    CASES.write_text(cases(), encoding="utf-8")
     plot()

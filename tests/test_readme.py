@@ -149,6 +149,7 @@ def report():
 
 def test_results_are_those_of_the_committed_records():
     assert report().renewed(README) == README, "stale: run python bench/report.py"
+    assert report().CASES.read_text(encoding="utf-8") == report().cases(), "stale: run python bench/report.py"
 
 
 def test_plots_are_those_of_the_committed_records():

@@ -162,7 +162,8 @@ def ceilings(s: Setting, clock: Clock) -> dict[str, float]:
     matmul, copy = (statistics.median(times[name]) for name in ("matmul", "copy"))
     found = {"matmul_tflops": 2 * n**3 / matmul / 1e9, "copy_gb_s": 2 * source.nbytes / copy / 1e6}
     name = torch.cuda.get_device_name(s.device) if s.gpu and s.dtype != torch.float32 else ""
-    return found | {"peak_tflops": peak for gpu, peak in PEAKS.items() if gpu in name}
+    peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
+    return found | ({} if peak is None else {"peak_tflops": peak})
 
 
 def measure(question: str, cases: Iterable[Case], left_out: dict[str, str], s: Setting) -> dict:
@@ -274,7 +275,7 @@ def winners(rows: list[dict]) -> list[dict]:
 
 def case_key(row: dict) -> str:
     """The name of a row's case, its sizes included."""
-    sizes = [f"{row[size]:,} {size}" for size in ("rows", "shots") if size in row]
+    sizes = [f"{row[size]:,} {size if row[size] != 1 else size[:-1]}" for size in ("rows", "shots") if size in row]
     sizes += [f"D {row['dim']}"] if "dim" in row else []
     sizes += (
         [f"{row['heads']}:{row['kv_heads']} heads"] if row.get("kv_heads", row.get("heads")) != row.get("heads") else []

@@ -94,19 +94,19 @@ def cases() -> str:
     lines = [
         "# Every benchmark's cases",
         "",
-        "Written by `python bench/report.py` from the records in `bench/results`. A ratio above 1 says that we are faster "
-        "than the fastest peer.",
+        "Written by `python bench/report.py` from the records in `bench/results`. A ratio above 1 says that we are "
+        "faster than the fastest peer.",
         "",
         "| case | ours | ms | the best peer | ms | ratio |",
         "|---|---|---|---|---|---|",
     ]
     for w in (w for r in records for w in winners(r["rows"])):
         ours, peer = w["ours"], w["peer"]
-        theirs = f"{peer['provider']} | {peer['ms']:.3g} | {w['ratio']:.2f}" if peer else "none | | "
-        lines.append(f"| {w['case']} | {ours['provider']} | {ours['ms']:.3g} | {theirs} |")
+        theirs = f"{peer['provider']} | {_ms(peer)} | {w['ratio']:.2f}" if peer else "none | | "
+        lines.append(f"| {w['case']} | {ours['provider']} | {_ms(ours)} | {theirs} |")
     lines += ["", "| saying who sees whom | rows | ms | bytes |", "|---|---|---|---|"]
     for r in records[QUESTIONS.index("plan")]["rows"]:
-        found = f"{r['ms']:.3g} | {r['result_bytes']:,} |" if "ms" in r else f"{r['why_not']} | |"
+        found = f"{_ms(r)} | {r['result_bytes']:,} |" if "ms" in r else f"{r['why_not']} | |"
         lines.append(f"| {r['provider']} | {r['rows']:,} | {found}")
     lines += ["", "| time grows in | of | as a power of | measured | FLOPs or bytes predict |", "|---|---|---|---|---|"]
     for g in (g for r in records for g in r["growth"]):
@@ -115,6 +115,11 @@ def cases() -> str:
     left = {name: why for r in records for name, why in r["left_out"].items()}
     lines += ["", "| not measured here | why |", "|---|---|", *(f"| {name} | {why} |" for name, why in left.items())]
     return "\n".join(lines) + "\n"
+
+
+def _ms(row: dict) -> str:
+    """Three digits, and never an exponent."""
+    return f"{row['ms']:,.0f}" if row["ms"] >= 1000 else f"{row['ms']:.3g}"
 
 
 def digest() -> str:
@@ -128,10 +133,11 @@ def plot() -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     pyplot.rcParams.update({"svg.hashsalt": "lct", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = pyplot.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
+    figure, grid = pyplot.subplots(2, 2, figsize=(10.5, 8), layout="constrained")
+    axes = grid.flatten()
     attention, plan, generation = (record(f"{name}-cpu") for name in ("attention", "plan", "generation"))
     ragged = [r for r in attention["rows"] if r["case"] == "attention forward" and r.get("kind") == "ragged"]
     _lines(axes[0], [r for r in ragged if r["kv_heads"] == r["heads"]], "rows", "Attention forward, 5 ragged shots")
@@ -139,7 +145,7 @@ def plot() -> None:
     _lines(axes[2], generation["rows"], "shots", "A scene, shot by shot")
     roof = axes[3]
     peak, copy = 1e3 * attention["matmul_tflops"], attention["copy_gb_s"]
-    intensities = [2**i for i in range(2, 14)]
+    intensities = [2.0**i for i in range(-1, 14)]
     roof.loglog(intensities, [min(peak, x * copy) for x in intensities], color="black", label="copy and matmul")
     for way in ("forward", "backward"):
         points = [r for r in attention["rows"] if r["case"] == f"attention {way}" and r["ours"] and "ms" in r]
@@ -148,6 +154,9 @@ def plot() -> None:
         roof.loglog(x, [1e3 * r["tflops"] for r in points], "o", label=f"attention {way}")
     roof.set(title="Roofline", xlabel="FLOP per byte", ylabel="GFLOP/s")
     for axis in axes:
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(lambda value, _: f"{value:,g}")
+            side.set_minor_formatter(ticker.NullFormatter())
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=7)
     PLOT.parent.mkdir(exist_ok=True)

@@ -160,7 +160,9 @@ def plot() -> None:
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=7)
     PLOT.parent.mkdir(exist_ok=True)
-    figure.savefig(PLOT, metadata={"Date": None, "Description": digest()})
+    figure.savefig(PLOT, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    drawn = PLOT.read_text(encoding="utf-8")
+    PLOT.write_text(drawn.replace("</svg>", f"<!-- records {digest()} --></svg>"), encoding="utf-8")
 
 
 def _lines(axis, rows: list[dict], size: str, title: str) -> None:

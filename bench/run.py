@@ -61,4 +61,4 @@ def slug(device: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="lct bench", description=__doc__)))

@@ -5,7 +5,7 @@ What a user can mend is a ValueError, OSError or ImportError; `main` prints it i
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,11 +210,14 @@ def bench() -> None:
 
 
 def _bench(arguments: list[str]) -> int:
-    """Run bench/run.py, which belongs to the repository and not to the package, with this Python."""
+    """Run bench/run.py, which belongs to the repository and not to the package."""
     script = Path(__file__).parents[1] / "bench" / "run.py"
     if not script.exists():
         raise ValueError(f"bench: {script} does not exist; the benchmarks come with the repository, clone it")
-    return subprocess.call([sys.executable, str(script), *arguments])
+    sys.path.append(str(script.parent))
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
 
 
 def parse_layout(words: tuple[str, ...], visibility: str):

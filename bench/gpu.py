@@ -57,7 +57,7 @@ def steps(out: Path) -> list[Step]:
     doctor = "import sys; from lct.cli import main; sys.exit(main(['doctor', '--validate']))"
     tests = [f"tests/test_{name}.py" for name in ("gpu", "native", "norm_rope", "cache", "modulate")]
     workers = ["-n", "8", "--dist", "load"] if util.find_spec("xdist") else []
-    measure = [python, "bench/kernels.py", "--seconds", "45", "--out", str(out / "kernels.json")]
+    measure = [python, "bench/run.py", "--quick", "--out", str(out)]
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun into the next tensor would be within bounds
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 60, r"^lct: (built for cuda .+)$"),
@@ -66,7 +66,7 @@ def steps(out: Path) -> list[Step]:
         Step(
             "memcheck", [*sanitizer, python, "tests/small_launches.py"], 80, r"(ERROR SUMMARY: .+)", sanitizer[0], apart
         ),
-        Step("measure", measure, 100, r"^attention forward: (.+)$"),
+        Step("measure", measure, 100, r"^attention: (.+)$"),
     ]
 
 
@@ -114,12 +114,10 @@ def main(out: Path, minutes: float) -> int:
 
     record = provenance("cuda")
     out.mkdir(parents=True, exist_ok=True)
-    measured = out / "kernels.json"
-    measured.unlink(missing_ok=True)  # of an earlier run
     for step in steps(out):
         results.append(run(step, out, until - time.monotonic()))
         print(f"{step.name}: {results[-1]['state']} after {results[-1]['seconds']:.0f} s", flush=True)
-    record |= {"steps": results, "kernels": json.loads(measured.read_text()) if measured.exists() else None}
+    record |= {"steps": results}
     (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(record["device"])
     for r in results:

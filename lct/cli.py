@@ -1,10 +1,11 @@
-"""The command line: `lct demo`, `train`, `sample`, `ingest`, `mask`, `estimate`, `doctor`. Starts without torch.
+"""The command line: `lct demo`, `train`, `sample`, `ingest`, `mask`, `estimate`, `doctor`, `bench`; without torch.
 
 What a user can mend is a ValueError, OSError or ImportError; `main` prints it in one line and exits with 2.
 """
 
 from __future__ import annotations
 
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,21 @@ def doctor(validate: bool = False) -> int:
     return failed
 
 
+def bench() -> None:
+    """Measure this machine against every peer: `lct bench [QUESTION...] [--quick] [--check] [--out FOLDER]`."""
+
+
+def _bench(arguments: list[str]) -> int:
+    """Run bench/run.py, which belongs to the repository and not to the package."""
+    script = Path(__file__).parents[1] / "bench" / "run.py"
+    if not script.exists():
+        raise ValueError(f"bench: {script} does not exist; the benchmarks come with the repository, clone it")
+    sys.path.append(str(script.parent))
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
 def parse_layout(words: tuple[str, ...], visibility: str):
     """The SceneLayout of words such as `global:12 9:3x8x8 / 4:1x2x2`; ValueError names the word that is wrong."""
     from lct.layout import GLOBAL_VIDEO, SceneLayout, Shot
@@ -227,7 +243,7 @@ def parse_layout(words: tuple[str, ...], visibility: str):
     return SceneLayout(scenes, visibility)
 
 
-COMMANDS = {f.__name__: f for f in (demo, train, sample, ingest, mask, estimate, doctor)}
+COMMANDS = {f.__name__: f for f in (demo, train, sample, ingest, mask, estimate, doctor, bench)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -237,6 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == ["train"]:
             _train(arguments[1:])
             return 0
+        if arguments[:1] == ["bench"]:
+            return _bench(arguments[1:])
         result = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, args=arguments, prog="lct", description="Long Context Tuning: multi-shot video generation."
         )

@@ -1,15 +1,146 @@
-"""The benchmarks run small, here: every question, every provider that can, and a refusal where there is no GPU."""
+"""The benchmarks: what they measure agrees with the truth, what is wrong gets no number, and they run small here."""
 
 import json
 import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))  # behind tests/, which has a film.py too
+
+from attention import backward_check, forward_check, gradients, scene  # noqa: E402
+from baselines import PACKAGES, attention_peers, left_out  # noqa: E402
+from harness import Case, Provider, Setting, case_key, growth, measure, sentence, table, winners  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+CPU = Setting(torch.device("cpu"), torch.float32, quick=True, seconds=0.01)
+
+
+def asked(*providers, name="sum", scale=None, **options):
+    case = Case(name, scale or {"rows": 8}, providers, check=lambda x: None if x == 3 else f"got {x}", **options)
+    return measure("question", [case], {"somebody": "why not"}, CPU)
+
+
+# The harness
+
+
+def test_what_is_wrong_gets_no_number_and_says_why():
+    record = asked(Provider("right", lambda: 3, ours=True), Provider("wrong", lambda: 4))
+    right, wrong = record["rows"]
+    assert right["match"] is True and right["ms"] > 0 and right["ms_p20"] <= right["ms"] <= right["ms_p80"]
+    assert wrong["match"] is False and wrong["why_not"] == "got 4" and "ms" not in wrong
+
+
+def test_who_cannot_run_is_told_with_the_reason():
+    def fails():
+        raise RuntimeError("no such kernel\nand more")
+
+    record = asked(
+        Provider("fails", fails), Provider("absent", why_not="not installed"), Provider("us", lambda: 3, True)
+    )
+    assert [r["why_not"] for r in record["rows"]] == ["RuntimeError: no such kernel", "not installed", None]
+    assert record["left_out"] == {"somebody": "why not"}
+
+
+def test_an_upper_bound_is_timed_but_never_compared_nor_a_winner():
+    record = asked(Provider("us", lambda: 3, ours=True), Provider("bound", lambda: 5, exact=False))
+    assert record["rows"][1]["match"] is None and "ms" in record["rows"][1]
+    assert winners(record["rows"])[0]["peer"] is None
+    assert "no peer" in sentence(record)
+
+
+def test_rates_are_of_what_the_case_counts():
+    record = asked(Provider("us", lambda: 3, ours=True), flops=10**9)
+    row = record["rows"][0]
+    assert row["tflops"] == pytest.approx(1 / row["ms"])
+    assert row["of_matmul"] == pytest.approx(row["tflops"] / record["matmul_tflops"])
+
+
+def row(provider, ms, rows=100, shots=5, ours=False, **more):
+    base = {"case": "c", "rows": rows, "shots": shots, "provider": provider, "ours": ours, "exact": True, "match": True}
+    return base | {"ms": ms, "why_not": None} | more
+
+
+def test_growth_is_fitted_where_one_size_alone_varies():
+    rows = [row("us", n**1.5 / 7, rows=n, ours=True, tflops=n / n**1.5) for n in (10, 100, 1000)]
+    rows += [row("us", 99.0, rows=555, shots=9, ours=True)]  # another number of shots: another series
+    (found,) = growth(rows)
+    assert (found["against"], found["shots"]) == ("rows", 5)
+    assert found["exponent"] == pytest.approx(1.5)
+    assert found["predicted"] == pytest.approx(1.0)
+
+
+def test_the_sentence_says_who_wins_and_where_a_peer_does():
+    rows = [row("us", 1.0, ours=True), row("a", 2.0), row("b", 3.0)]
+    rows += [row("us", 4.0, rows=200, ours=True), row("a", 1.0, rows=200)]
+    text = sentence({"question": "q", "rows": rows})
+    assert "ahead of the best peer in 1 of 2 cases" in text
+    assert "at best 2.00 times a in c (100 rows, 5 shots)" in text
+    assert "at worst 0.25 times a in c (200 rows, 5 shots)" in text
+
+
+def test_the_table_shows_match_and_ratio():
+    record = asked(Provider("us", lambda: 3, ours=True), Provider("peer", lambda: 3), Provider("wrong", lambda: 4))
+    console = Console(width=160, record=True, file=StringIO())
+    console.print(table(record))
+    text = console.export_text()
+    assert case_key(record["rows"][0]) in text
+    assert [word in text for word in ("Match", "yes", "no", "against the best peer")] == [True] * 4
+
+
+# Attention's peers
+
+
+@pytest.mark.parametrize("rows", [200, 1100])
+def test_peers_are_exact_and_a_wrong_one_is_caught(rows):
+    """Both rules: every row of short scenes, chosen rows of long ones."""
+    layout = scene(rows, 4, "ragged")
+    q, dout = (torch.randn(layout.rows, 4, 32) for _ in range(2))
+    k, v = (torch.randn(layout.rows, 2, 32) for _ in range(2))
+    peers = attention_peers(layout, CPU.device, flex=False)
+    forward = forward_check(q, k, v, layout)
+    backward = backward_check(q, k, v, dout, layout, peers["SDPA per shot"].attend)
+    exact = {name: peer for name, peer in peers.items() if peer.exact}
+    assert set(exact) == {"SDPA per shot", "SDPA, dense mask"}
+    for peer in exact.values():
+        assert forward(peer.attend(q, k, v)) is None
+        assert backward(gradients(peer.attend, q, k, v, dout)()) is None
+    unmasked = peers["dense without a mask"].attend
+    assert forward(unmasked(q, k, v)) and backward(gradients(unmasked, q, k, v, dout)())
+
+
+def test_every_package_has_a_row_or_a_reason():
+    assert set(PACKAGES.values()) <= set(left_out(CPU.device))
+    assert all(left_out(CPU.device).values())
+
+
+@pytest.mark.gpu
+def test_varlen_with_overlapping_prefixes_has_a_wrong_backward():
+    """FA2's forward takes them, `seqused_k` and all; its backward writes each prefix over the last."""
+    from baselines import per_shot, varlen
+
+    layout, device = scene(1000, 4, "ragged"), torch.device("cuda")
+    q, k, v, dout = (torch.randn(layout.rows, 4, 64, device=device, dtype=torch.bfloat16) for _ in range(4))
+    starts, zeros, ends, longest = varlen(layout, device)
+    forward = torch.ops.aten._flash_attention_forward
+    out, lse, seed, offset, _ = forward(
+        q, k, v, starts, zeros, longest, layout.rows, 0.0, False, False, scale=0.125, seqused_k=ends
+    )
+    expected = per_shot(layout)(q, k, v)
+    assert (out - expected).abs().max() < 0.05
+    _, dk, _ = torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, lse, starts, zeros, longest, layout.rows, 0.0, False, seed, offset, scale=0.125
+    )
+    _, exact, _ = gradients(per_shot(layout), q, k, v, dout)()
+    assert not (dk.float() - exact.float()).norm() < 0.5 * exact.float().norm()
+
+
+# As commands
 
 
 def bench(script, *arguments):
@@ -18,20 +149,12 @@ def bench(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT)})
 
 
-def test_kernels():
-    small = ["--device", "cpu", "--dtype", "float32", "--rows", "600", "--heads", "2", "--dim", "64", "--repeats", "2"]
-    done = bench("kernels.py", *small)
+def test_a_question_as_a_command(tmp_path):
+    done = bench("run.py", "modulate", "--quick", "--check", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads(done.stdout.splitlines()[-1])
-    asked = {r["question"] for r in record["records"]}
-    kinds = ("attention", "norm_rope_join", "modulate", "gated")
-    assert asked == {f"{k} {way}" for k in kinds for way in ("forward", "backward")} | {
-        "norm_rope_append_ + pool",
-        "assemble_",
-    }
-    assert all(r["ms_p20"] <= r["ms"] <= r["ms_p80"] and r["ms"] > 0 for r in record["records"])
-    assert record["matmul_tflops"] > 0 and record["copy_gb_s"] > 0
-    assert any(line.startswith("attention forward: ") for line in done.stdout.splitlines())
+    record = json.loads((tmp_path / "modulate-cpu.json").read_text())
+    assert all(r["match"] for r in record["rows"]) and len(record["rows"]) >= 16
+    assert done.stdout.splitlines()[-1].strip() and "modulate: " in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -138,8 +138,19 @@ def test_a_link_leads_to_a_file(link):
     assert (ROOT / link).exists()
 
 
-def test_results_are_those_of_the_committed_records():
+def report():
+    """bench/report.py, whose neighbours stand behind tests/ in the path."""
+    sys.path.append(str(ROOT / "bench"))
     spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    assert report.renewed(README) == README, "stale: run python bench/report.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_results_are_those_of_the_committed_records():
+    assert report().renewed(README) == README, "stale: run python bench/report.py"
+    assert report().CASES.read_text(encoding="utf-8") == report().cases(), "stale: run python bench/report.py"
+
+
+def test_plots_are_those_of_the_committed_records():
+    assert report().digest() in report().PLOT.read_text(encoding="utf-8"), "stale: run python bench/report.py"

@@ -1,0 +1,251 @@
+"""Everybody else who can compute context-causal attention over shots, called as their authors mean them to be called.
+
+`attention_peers` gives, for one scene, every peer that can run on the device at hand; `left_out` says in a sentence why
+each of the others cannot. In the calls q, k, v are [S, A, D], and shots are [start, end), each seeing [0, end).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lct.layout import SceneLayout
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Packages that are asked for by name, and what each would be.
+PACKAGES = {
+    "flash_attn": "FA2 package, varlen with seqused_k",
+    "fa3_fwd_interface": "FA3 (fa3-fwd), varlen with seqused_k, forward",
+    "flash_attn.cute": "FA4, block-sparse",
+    "cudnn": "cuDNN flex attention",
+    "magi_attention": "MagiAttention FFA",
+    "xformers": "xformers, BlockDiagonalGappyKeysMask, forward",
+    "flashinfer": "FlashInfer, paged prefill, forward",
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's attention over one scene.
+
+    attend      q, k, v [S, A, D] -> [S, A, D]
+    backward    whether autograd through it is the exact gradient
+    prepare_ms, prepare_bytes   what building its mask took
+    exact       False for an upper bound that computes something else
+    """
+
+    attend: Attend
+    backward: bool = True
+    prepare_ms: float | None = None
+    prepare_bytes: int | None = None
+    exact: bool = True
+
+
+def attention_peers(layout: SceneLayout, device: torch.device, flex: bool = True) -> dict[str, Peer]:
+    """Every peer that can compute this layout here. `flex`: compile FlexAttention too, half a minute on a CPU."""
+    peers = {"SDPA per shot": Peer(per_shot(layout)), **dense_mask(layout, device)}
+    if device.type == "cuda":
+        backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
+        peers |= {f"SDPA per shot, {name}": Peer(under(b, per_shot(layout))) for name, b in backends.items()}
+        peers |= {
+            f"dense without a mask, {name}": Peer(under(b, unmasked), exact=False) for name, b in backends.items()
+        }
+        peers |= {"FA2 in torch, seqused_k": Peer(seqused(layout, device), backward=False)}
+    else:
+        peers["dense without a mask"] = Peer(unmasked, exact=False)
+    if flex:
+        peers["FlexAttention"] = flex_attention(layout, device)
+    for module, make in {"fa3_fwd_interface": fa3, "flash_attn": fa2, "xformers": xformers}.items():
+        if device.type == "cuda" and importable(module):
+            peers[PACKAGES[module].split(",")[0]] = Peer(make(layout, device), backward=False)
+    return peers
+
+
+def left_out(device: torch.device) -> dict[str, str]:
+    """Peers that cannot run here, and why."""
+    if device.type != "cuda":
+        names = ["FA2 in torch, seqused_k", "SDPA per shot under cuDNN or FA2", *PACKAGES.values()]
+        return dict.fromkeys(names, "needs a GPU")
+    untried = {"flash_attn.cute", "cudnn", "magi_attention", "flashinfer"}
+    return {
+        what: "no adapter has been tried against it on a GPU yet" if importable(module) else f"{module} does not import"
+        for module, what in PACKAGES.items()
+        if module in untried or not importable(module)
+    }
+
+
+def importable(module: str) -> bool:
+    return all(util.find_spec(".".join(module.split(".")[: i + 1])) for i in range(module.count(".") + 1))
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[S, A, D] -> [1, A, S, D]."""
+    return x.transpose(0, 1)[None]
+
+
+def rows_first(x: Tensor) -> Tensor:
+    return x[0].transpose(0, 1)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return rows_first(F.scaled_dot_product_attention(*map(heads_first, (q, k, v)), enable_gqa=grouped, **options))
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q, k, v)
+
+
+def under(backend: SDPBackend, attend: Attend) -> Attend:
+    def run(q, k, v):
+        with sdpa_kernel(backend):
+            return attend(q, k, v)
+
+    return run
+
+
+def per_shot(layout: SceneLayout) -> Attend:
+    """One exact call per shot on its prefix: the strongest baseline that needs nothing but torch."""
+    shots = list(zip(layout.shot_starts, layout.shot_ends, strict=True))
+
+    def run(q, k, v):
+        return torch.cat([sdpa(q[start:end], k[:end], v[:end]) for start, end in shots])
+
+    return run
+
+
+def dense_mask(layout: SceneLayout, device: torch.device) -> dict[str, Peer]:
+    """A boolean mask [S, S]; left out beyond 16k rows, where it alone takes a quarter of a GiB a scene."""
+    if layout.rows > 16_384:
+        return {}
+    began = time.perf_counter()
+    mask = torch.arange(layout.rows, device=device)[None] < ends_of(layout, device)[:, None]
+    took = (time.perf_counter() - began) * 1e3
+    return {"SDPA, dense mask": Peer(lambda q, k, v: sdpa(q, k, v, attn_mask=mask), True, took, mask.nbytes)}
+
+
+def ends_of(layout: SceneLayout, device: torch.device) -> Tensor:
+    """Of every row, the end of its shot."""
+    ends = torch.tensor(layout.shot_ends, device=device)
+    return torch.repeat_interleave(ends, ends.diff(prepend=ends.new_zeros(1)))
+
+
+def block_mask(layout: SceneLayout, device: torch.device, compiled: bool):
+    """FlexAttention's mask, by its own builder."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ends, rows = ends_of(layout, device), layout.rows
+    return create_block_mask(lambda b, h, i, j: j < ends[i], None, None, rows, rows, device=device, _compile=compiled)
+
+
+def analytic_block_mask(layout: SceneLayout, device: torch.device, block: int = 128):
+    """The same without looking at a single pair: per block of queries, which blocks of keys are whole and which are
+    partial, from the shots' ends alone. As well as we know how to write it."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    ends, rows = ends_of(layout, device), layout.rows
+    blocks = -(-rows // block)
+    first = torch.arange(blocks, device=device) * block
+    least, most = ends[first], ends[(first + block - 1).clamp(max=rows - 1)]  # ends never fall from row to row
+    whole = (least // block).int()
+    partial = ((most + block - 1) // block).int() - whole
+    columns = torch.arange(blocks, device=device, dtype=torch.int32)
+    indices = columns.expand(blocks, blocks)
+    shifted = (columns[None] + whole[:, None]).clamp(max=blocks - 1)
+    # A last block that only the end of the tensor cuts short counts as whole where every key in it is seen.
+    return BlockMask.from_kv_blocks(
+        partial[None, None],
+        shifted[None, None].contiguous(),
+        whole[None, None],
+        indices[None, None].contiguous(),
+        BLOCK_SIZE=block,
+        mask_mod=lambda b, h, i, j: j < ends[i.clamp(max=rows - 1)],
+        seq_lengths=(rows, rows),
+    )
+
+
+def block_mask_bytes(mask) -> int:
+    """Of all its tensors."""
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    names += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+    return sum(x.nbytes for name in names if (x := getattr(mask, name)) is not None)
+
+
+def flex_attention(layout: SceneLayout, device: torch.device) -> Peer:
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    block_mask(layout, device, compiled=False)  # the first call loads what the builder needs
+    began = time.perf_counter()
+    mask = block_mask(layout, device, compiled=False)
+    took = (time.perf_counter() - began) * 1e3
+    compiled = torch.compile(flex, dynamic=False)
+
+    def run(q, k, v):
+        grouped = q.shape[1] != k.shape[1]
+        return rows_first(compiled(*map(heads_first, (q, k, v)), block_mask=mask, enable_gqa=grouped))
+
+    return Peer(run, device.type == "cuda", took, block_mask_bytes(mask))
+
+
+def varlen(layout: SceneLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """cu_seqlens of queries and of keys (all prefixes start at 0), the keys' lengths, and the longest shot."""
+    ends = torch.tensor(layout.shot_ends, dtype=torch.int32, device=device)
+    starts = F.pad(ends, (1, 0))
+    longest = max(b - a for a, b in zip(layout.shot_starts, layout.shot_ends, strict=True))
+    return starts, torch.zeros_like(starts), ends, longest
+
+
+def seqused(layout: SceneLayout, device: torch.device) -> Attend:
+    """Overlapping prefixes in one varlen call. Its forward is right; its backward would be silently wrong."""
+    starts, zeros, ends, longest = varlen(layout, device)
+
+    def run(q, k, v):
+        forward = torch.ops.aten._flash_attention_forward
+        scale = q.shape[-1] ** -0.5
+        return forward(q, k, v, starts, zeros, longest, layout.rows, 0.0, False, False, scale=scale, seqused_k=ends)[0]
+
+    return run
+
+
+def fa2(layout: SceneLayout, device: torch.device) -> Attend:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward as forward
+
+    starts, zeros, ends, longest = varlen(layout, device)
+    return lambda q, k, v: forward(
+        q, k, v, starts, zeros, longest, layout.rows, 0.0, q.shape[-1] ** -0.5, False, seqused_k=ends
+    )[0]
+
+
+def fa3(layout: SceneLayout, device: torch.device) -> Attend:
+    from fa3_fwd_interface import flash_attn_varlen_func as forward
+
+    starts, zeros, ends, longest = varlen(layout, device)
+
+    def run(q, k, v):
+        out = forward(q, k, v, starts, zeros, longest, layout.rows, seqused_k=ends, causal=False)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def xformers(layout: SceneLayout, device: torch.device) -> Attend:
+    from xformers.ops import fmha
+
+    sizes = [b - a for a, b in zip(layout.shot_starts, layout.shot_ends, strict=True)]
+    bias = fmha.attn_bias.BlockDiagonalGappyKeysMask.from_seqlens(
+        q_seqlen=sizes, kv_seqstarts=[0] * len(sizes) + [layout.rows], kv_seqlen=list(layout.shot_ends)
+    ).to(device)
+
+    def run(q, k, v):
+        repeated = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return fmha.memory_efficient_attention_forward(q[None], *(x[None] for x in repeated), bias)[0]
+
+    return run

@@ -14,7 +14,8 @@ from lct.kernels import attention, select
 from lct.kernels.numerics import RMS_BUDGET
 from lct.layout import SceneLayout, Shot
 
-FULL_TRUTH = 1_024  # rows up to which every result is compared with float64
+FULL_TRUTH = 1_024  # rows up to which the error of a same-dtype reference is the yardstick, element by element
+EXACT_ROWS = 20_000  # rows up to which the truth is float64
 
 
 def scene(rows: int, shots: int, kind: str) -> SceneLayout:
@@ -67,7 +68,8 @@ def cases(s: Setting) -> Iterator[Case]:
                 for n, p in peers.items()
             ),
         ]
-        yield Case("attention forward", scale, forward, flops, check=forward_check(q, k, v, layout), about=about)
+        of_forward, of_backward = checks(q, k, v, dout, layout, peers["SDPA per shot"].attend)
+        yield Case("attention forward", scale, forward, flops, check=of_forward, about=about)
         exact = {name: p for name, p in peers.items() if p.backward}
         backward = [
             *(Provider(name, gradients(f, q, k, v, dout), ours=True) for name, f in attend.items()),
@@ -76,8 +78,7 @@ def cases(s: Setting) -> Iterator[Case]:
                 for n, p in exact.items()
             ),
         ]
-        check = backward_check(q, k, v, dout, layout, peers["SDPA per shot"].attend)
-        yield Case("attention backward", scale, backward, flops * 5 // 2, check=check, about=about)
+        yield Case("attention backward", scale, backward, flops * 5 // 2, check=of_backward, about=about)
 
 
 def without_graph(attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,32 +100,38 @@ def gradients(attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor):
     return run
 
 
-def forward_check(q: Tensor, k: Tensor, v: Tensor, layout: SceneLayout):
-    """Every row against float64; of long scenes, the first, middle and last rows of every shot."""
-    if layout.rows <= FULL_TRUTH:
-        truth = attention(q.double(), k.double(), v.double(), layout, impl="reference")
-        return close_to(truth, attention(q, k, v, layout, impl="reference"))
-    spans = list(zip(layout.shot_starts, layout.shot_ends, strict=True))
-    picked = sorted({row for a, b in spans if a < b for row in (a, (a + b) // 2, b - 1)})
-    group = q.shape[1] // k.shape[1]
-    truth = []
-    for row in picked:
-        end = next(b for a, b in spans if a <= row < b)
-        keys, values = (x[:end].double().repeat_interleave(group, 1) for x in (k, v))
-        weights = (torch.einsum("ad,tad->at", q[row].double(), keys) * q.shape[2] ** -0.5).softmax(-1)
-        truth.append(torch.einsum("at,tad->ad", weights, values))
-    exact = near(torch.stack(truth), RMS_BUDGET[q.dtype])
-    return lambda out: exact(out[picked])
+def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, layout: SceneLayout) -> tuple[Tensor, list[Tensor]]:
+    """out and (dq, dk, dv) in float64, some queries at a time: at most 256 MiB of scores."""
+    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    wide_q, wide_dout = q.double(), dout.double()
+    keys, values = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (wide_q, wide_q, keys, values))
+    for start, end in zip(layout.shot_starts, layout.shot_ends, strict=True):
+        step = max(1, 2**25 // (end * q.shape[1])) if end else 1
+        for first in range(start, end, step):
+            rows = slice(first, min(first + step, end))
+            p = (torch.einsum("sad,tad->ast", wide_q[rows], keys[:end]) * scale).softmax(-1)
+            out[rows] = torch.einsum("ast,tad->sad", p, values[:end])
+            dv[:end] += torch.einsum("ast,sad->tad", p, wide_dout[rows])
+            dp = torch.einsum("sad,tad->ast", wide_dout[rows], values[:end])
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+            dq[rows] = torch.einsum("ast,tad->sad", ds, keys[:end])
+            dk[:end] += torch.einsum("ast,sad->tad", ds, wide_q[rows])
+    return out, [dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))]
 
 
-def backward_check(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, layout: SceneLayout, loop):
-    """Against float64; of long scenes, against autograd through the exact loop, which is somebody else's arithmetic."""
-    if layout.rows <= FULL_TRUTH:
-        wide = [x.double() for x in (q, k, v)]
-        truth = gradients(partial(attention, plan=layout.plan(q.device), impl="reference"), *wide, dout.double())()
-        plain = gradients(partial(attention, plan=layout.plan(q.device), impl="reference"), q, k, v, dout)()
-        return close_to(truth, plain, "gradient")
-    return near(gradients(loop, q, k, v, dout)(), 2 * RMS_BUDGET[q.dtype])
+def checks(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, layout: SceneLayout, loop):
+    """(of forward, of backward): everything against float64, up to EXACT_ROWS; beyond it against the exact loop, which
+    is somebody else's arithmetic in the same dtype."""
+    budget = RMS_BUDGET[q.dtype]
+    if layout.rows > EXACT_ROWS:
+        return near(without_graph(loop, q, k, v), 2 * budget), near(gradients(loop, q, k, v, dout)(), 2 * budget)
+    out, truth = exact(q, k, v, dout, layout)
+    if layout.rows > FULL_TRUTH:
+        return near(out, budget), near(truth, budget)
+    reference = partial(attention, plan=layout.plan(q.device), impl="reference")
+    plain = gradients(reference, q, k, v, dout)()
+    return close_to(out, without_graph(reference, q, k, v)), close_to(truth, plain, "gradient")
 
 
 def absent(s: Setting) -> dict[str, str]:

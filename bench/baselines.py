@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,10 +116,11 @@ def under(backend: SDPBackend, attend: Attend) -> Attend:
 
 def per_shot(layout: SceneLayout) -> Attend:
     """One exact call per shot on its prefix: the strongest baseline that needs nothing but torch."""
-    shots = list(zip(layout.shot_starts, layout.shot_ends, strict=True))
+    runs = layout.plan().runs
 
     def run(q, k, v):
-        return torch.cat([sdpa(q[start:end], k[:end], v[:end]) for start, end in shots])
+        parts = [sdpa(q[r.start : r.end], k[a:b], v[a:b]) for r in runs for a, b in r.sees]
+        return torch.cat(parts)
 
     return run
 
@@ -126,10 +129,21 @@ def dense_mask(layout: SceneLayout, device: torch.device) -> dict[str, Peer]:
     """A boolean mask [S, S]; left out beyond 16k rows, where it alone takes a quarter of a GiB a scene."""
     if layout.rows > 16_384:
         return {}
-    began = time.perf_counter()
-    mask = torch.arange(layout.rows, device=device)[None] < ends_of(layout, device)[:, None]
-    took = (time.perf_counter() - began) * 1e3
+    took, mask = timed(
+        lambda: torch.arange(layout.rows, device=device)[None] < ends_of(layout, device)[:, None], device
+    )
     return {"SDPA, dense mask": Peer(lambda q, k, v: sdpa(q, k, v, attn_mask=mask), True, took, mask.nbytes)}
+
+
+def timed(build: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Milliseconds on the wall clock until a mask is there, and the mask."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    made = build()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) * 1e3, made
 
 
 def ends_of(layout: SceneLayout, device: torch.device) -> Tensor:
@@ -182,11 +196,11 @@ def block_mask_bytes(mask) -> int:
 def flex_attention(layout: SceneLayout, device: torch.device) -> Peer:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    block_mask(layout, device, compiled=False)  # the first call loads what the builder needs
-    began = time.perf_counter()
-    mask = block_mask(layout, device, compiled=False)
-    took = (time.perf_counter() - began) * 1e3
-    compiled = torch.compile(flex, dynamic=False)
+    builder = partial(block_mask, layout, device, compiled=device.type == "cuda")
+    builder()  # the first call loads, or compiles, what the builder needs
+    took, mask = timed(builder, device)
+    torch._dynamo.reset()  # each size is a compilation of its own, and dynamo gives up after eight: no silent fall back
+    compiled = torch.compile(flex, dynamic=False, fullgraph=True)
 
     def run(q, k, v):
         grouped = q.shape[1] != k.shape[1]

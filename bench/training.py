@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from baselines import per_shot, sdpa
 from harness import Case, Provider, Setting, near
 from usual import UsualModel
 
@@ -58,9 +59,13 @@ def cases(s: Setting) -> Iterator[Case]:
         providers = [
             Provider(f"lct {impl}", step(partial(model, *given, impl=impl)), ours=True) for impl in implementations(s)
         ]
-        by_hand = step(lambda given=given, usual=usual, mask=mask: usual(*given, mask)[0])
-        providers.append(Provider("eager torch, dense mask", by_hand))
-        truth = by_hand()
+        scenes = {"dense mask": partial(sdpa, attn_mask=mask), "SDPA per shot": per_shot(layout)}
+        usual_steps = {
+            name: step(lambda given=given, usual=usual, attend=attend: usual(*given, attend)[0])
+            for name, attend in scenes.items()
+        }
+        providers += [Provider(f"eager torch, {name}", usual_steps[name]) for name in usual_steps]
+        truth = usual_steps["SDPA per shot"]()
         about = {"tokens": layout.rows}
         check = near(truth, 1e-4 if s.dtype == torch.float32 else 3e-2)
         yield Case(f"step of {name}", {"rows": layout.rows}, providers, model.training_flops(layout), 0, check, about)

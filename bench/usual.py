@@ -34,27 +34,30 @@ def norm_rope(text: Tensor, video: Tensor, weights, streams, turns: Tensor, head
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, shot: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[shot]) + shift[shot]
+    """The norm in fp32, as most models have it; back in the dtype of x."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return (normed * (1 + scale[shot]) + shift[shot]).to(x.dtype)
 
 
 class UsualModel:
-    """An MMDiT's forward pass in eager torch; with `cache`, a list of (k, v) per block that grows by concatenation."""
+    """An MMDiT's forward pass in eager torch. `attend` computes attention of q, k, v; `cache`, a list of (k, v) per
+    block, grows by concatenation."""
 
     def __init__(self, model: MMDiT):
         self.model, self.spec = model, model.config.norm_rope()
 
-    def __call__(self, video: Tensor, text: Tensor, times: Tensor, geometry: Geometry, mask: Tensor | None, cache=None):
+    def __call__(self, video: Tensor, text: Tensor, times: Tensor, geometry: Geometry, attend=sdpa, cache=None):
         m, s = self.model, geometry.streams
         shots = m.time_in(time_features(times, m.config.time_channels))
         turns = rope_turns(geometry.positions, self.spec.axes, self.spec.theta, video.dtype)
         x_video, x_text, grown = m.video_in(video), m.text_in(text), []
         for i, block in enumerate(m.blocks):
-            x_text, x_video, kv = self.block(block, x_text, x_video, shots, s, turns, mask, cache and cache[i])
+            x_text, x_video, kv = self.block(block, x_text, x_video, shots, s, turns, attend, cache and cache[i])
             grown.append(kv)
         shift, scale = m.last_modulation(shots).chunk(2, dim=-1)
         return m.video_out(modulate(x_video, shift, scale, s.video_shot)), grown
 
-    def block(self, block, text, video, shots, s, turns, mask, past=None):
+    def block(self, block, text, video, shots, s, turns, attend, past=None):
         text_m = block.text.modulation(shots).chunk(6 if block.text.finishes else 2, dim=-1)
         video_m = block.video.modulation(shots).chunk(6, dim=-1)
         qkv = [
@@ -68,12 +71,12 @@ class UsualModel:
         q, k, v = norm_rope(*qkv, weights, s, turns, self.spec.heads, self.spec.eps)
         if past is not None:
             k, v = torch.cat([past[0], k]), torch.cat([past[1], v])
-        attended = sdpa(q, k, v, attn_mask=mask).flatten(-2)
+        attended = attend(q, k, v).flatten(-2)
         if block.text.finishes:
             text = self.finish(block.text, text, attended[s.text_rows], text_m[2:], s.text_shot)
         return text, self.finish(block.video, video, attended[s.video_rows], video_m[2:], s.video_shot), (k, v)
 
     def finish(self, part, x, attended, modulation, shot):
         gate, shift, scale, mlp_gate = modulation
-        x = x + gate[shot] * part.out(attended)
-        return x + mlp_gate[shot] * part.mlp(modulate(x, shift, scale, shot))
+        x = (x + gate[shot] * part.out(attended)).to(x.dtype)
+        return (x + mlp_gate[shot] * part.mlp(modulate(x, shift, scale, shot))).to(x.dtype)

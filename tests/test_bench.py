@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))  # behind tests/, which has a film.py too
 
-from attention import backward_check, forward_check, gradients, scene  # noqa: E402
+from attention import checks, exact, gradients, scene  # noqa: E402
 from baselines import PACKAGES, attention_peers, left_out  # noqa: E402
 from harness import Case, Provider, Setting, case_key, growth, measure, sentence, table, winners  # noqa: E402
 from rich.console import Console  # noqa: E402
+
+from lct.kernels import attention  # noqa: E402
 
 CPU = Setting(torch.device("cpu"), torch.float32, quick=True, seconds=0.01)
 
@@ -103,41 +106,42 @@ def test_peers_are_exact_and_a_wrong_one_is_caught(rows):
     q, dout = (torch.randn(layout.rows, 4, 32) for _ in range(2))
     k, v = (torch.randn(layout.rows, 2, 32) for _ in range(2))
     peers = attention_peers(layout, CPU.device, flex=False)
-    forward = forward_check(q, k, v, layout)
-    backward = backward_check(q, k, v, dout, layout, peers["SDPA per shot"].attend)
-    exact = {name: peer for name, peer in peers.items() if peer.exact}
-    assert set(exact) == {"SDPA per shot", "SDPA, dense mask"}
-    for peer in exact.values():
+    forward, backward = checks(q, k, v, dout, layout, peers["SDPA per shot"].attend)
+    right = {name: peer for name, peer in peers.items() if peer.exact}
+    assert set(right) == {"SDPA per shot", "SDPA, dense mask"}
+    for peer in right.values():
         assert forward(peer.attend(q, k, v)) is None
         assert backward(gradients(peer.attend, q, k, v, dout)()) is None
     unmasked = peers["dense without a mask"].attend
     assert forward(unmasked(q, k, v)) and backward(gradients(unmasked, q, k, v, dout)())
 
 
+def test_the_truth_is_that_of_the_reference():
+    layout = scene(300, 3, "ragged")
+    q, dout = (torch.randn(layout.rows, 4, 16, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(layout.rows, 2, 16, dtype=torch.float64) for _ in range(2))
+    out, gradient = exact(q, k, v, dout, layout)
+    reference = partial(attention, plan=layout, impl="reference")
+    torch.testing.assert_close(out, reference(q, k, v))
+    for got, expected in zip(gradient, gradients(reference, q, k, v, dout)(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("rows", [1100])
+def test_one_bad_row_of_a_long_scene_is_caught(rows):
+    layout = scene(rows, 4, "ragged")
+    q, k, v, dout = (torch.randn(layout.rows, 2, 32) for _ in range(4))
+    attend = attention_peers(layout, CPU.device, flex=False)["SDPA per shot"].attend
+    forward, _ = checks(q, k, v, dout, layout, attend)
+    out = attend(q, k, v)
+    assert forward(out) is None
+    out[rows // 3] *= 1.01
+    assert "row" in forward(out) or "relative error" in forward(out)
+
+
 def test_every_package_has_a_row_or_a_reason():
     assert set(PACKAGES.values()) <= set(left_out(CPU.device))
     assert all(left_out(CPU.device).values())
-
-
-@pytest.mark.gpu
-def test_varlen_with_overlapping_prefixes_has_a_wrong_backward():
-    """FA2's forward takes them, `seqused_k` and all; its backward writes each prefix over the last."""
-    from baselines import per_shot, varlen
-
-    layout, device = scene(1000, 4, "ragged"), torch.device("cuda")
-    q, k, v, dout = (torch.randn(layout.rows, 4, 64, device=device, dtype=torch.bfloat16) for _ in range(4))
-    starts, zeros, ends, longest = varlen(layout, device)
-    forward = torch.ops.aten._flash_attention_forward
-    out, lse, seed, offset, _ = forward(
-        q, k, v, starts, zeros, longest, layout.rows, 0.0, False, False, scale=0.125, seqused_k=ends
-    )
-    expected = per_shot(layout)(q, k, v)
-    assert (out - expected).abs().max() < 0.05
-    _, dk, _ = torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, out, lse, starts, zeros, longest, layout.rows, 0.0, False, seed, offset, scale=0.125
-    )
-    _, exact, _ = gradients(per_shot(layout), q, k, v, dout)()
-    assert not (dk.float() - exact.float()).norm() < 0.5 * exact.float().norm()
 
 
 # As commands

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from baselines import attention_peers, left_out
-from harness import Case, Provider, Setting, close_to, near
+from baselines import Attend, Peer, attention_peers, left_out
+from harness import Case, Provider, Run, Setting, close_to, gradients, near, without_graph
 from torch import Tensor
 
 from lct.kernels import attention, select
@@ -61,43 +61,20 @@ def cases(s: Setting) -> Iterator[Case]:
         scale = {"rows": layout.rows, "shots": shots}
         about = {"kind": kind, "heads": heads, "kv_heads": kv_heads, "dim": dim}
         flops = layout.flops(heads, dim)
-        forward = [
-            *(Provider(name, partial(without_graph, f, q, k, v), ours=True) for name, f in attend.items()),
-            *(
-                Provider(n, partial(without_graph, p.attend, q, k, v), False, p.exact, p.prepare_ms, p.prepare_bytes)
-                for n, p in peers.items()
-            ),
-        ]
         of_forward, of_backward = checks(q, k, v, dout, layout, peers["SDPA per shot"].attend)
+        forward = providers(attend, peers, partial(without_graph, inputs=(q, k, v)))
         yield Case("attention forward", scale, forward, flops, check=of_forward, about=about)
-        exact = {name: p for name, p in peers.items() if p.backward}
-        backward = [
-            *(Provider(name, gradients(f, q, k, v, dout), ours=True) for name, f in attend.items()),
-            *(
-                Provider(n, gradients(p.attend, q, k, v, dout), False, p.exact, p.prepare_ms, p.prepare_bytes)
-                for n, p in exact.items()
-            ),
-        ]
+        differentiable = {name: peer for name, peer in peers.items() if peer.backward}
+        backward = providers(attend, differentiable, partial(gradients, inputs=(q, k, v), upstream=dout))
         yield Case("attention backward", scale, backward, flops * 5 // 2, check=of_backward, about=about)
 
 
-def without_graph(attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with torch.no_grad():
-        return attend(q, k, v)
-
-
-def gradients(attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor):
-    """Backward alone: the graph is made at the first call and kept."""
-    graph: list = []
-
-    def run():
-        if not graph:
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            graph.extend((attend(*leaves), leaves))
-        out, leaves = graph
-        return torch.autograd.grad(out, leaves, dout, retain_graph=True)
-
-    return run
+def providers(ours: dict[str, Attend], peers: dict[str, Peer], launch: Callable[[Attend], Run]) -> list[Provider]:
+    """Everybody who takes part, each with what `launch` makes of their attention."""
+    return [
+        *(Provider(name, launch(attend), ours=True) for name, attend in ours.items()),
+        *(Provider(n, launch(p.attend), False, p.exact, p.prepare_ms, p.prepare_bytes) for n, p in peers.items()),
+    ]
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, layout: SceneLayout) -> tuple[Tensor, list[Tensor]]:
@@ -125,13 +102,13 @@ def checks(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, layout: SceneLayout, l
     is somebody else's arithmetic in the same dtype."""
     budget = RMS_BUDGET[q.dtype]
     if layout.rows > EXACT_ROWS:
-        return near(without_graph(loop, q, k, v), 2 * budget), near(gradients(loop, q, k, v, dout)(), 2 * budget)
+        return near(without_graph(loop, (q, k, v))(), 2 * budget), near(gradients(loop, (q, k, v), dout)(), 2 * budget)
     out, truth = exact(q, k, v, dout, layout)
     if layout.rows > FULL_TRUTH:
         return near(out, budget), near(truth, budget)
     reference = partial(attention, plan=layout.plan(q.device), impl="reference")
-    plain = gradients(reference, q, k, v, dout)()
-    return close_to(out, without_graph(reference, q, k, v)), close_to(truth, plain, "gradient")
+    plain = gradients(reference, (q, k, v), dout)()
+    return close_to(out, without_graph(reference, (q, k, v))()), close_to(truth, plain, "gradient")
 
 
 def absent(s: Setting) -> dict[str, str]:

@@ -174,7 +174,6 @@ def analytic_block_mask(layout: SceneLayout, device: torch.device, block: int = 
     columns = torch.arange(blocks, device=device, dtype=torch.int32)
     indices = columns.expand(blocks, blocks)
     shifted = (columns[None] + whole[:, None]).clamp(max=blocks - 1)
-    # A last block that only the end of the tensor cuts short counts as whole where every key in it is seen.
     return BlockMask.from_kv_blocks(
         partial[None, None],
         shifted[None, None].contiguous(),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from provenance import ROOT, Telemetry, provenance
+from provenance import Telemetry, provenance
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +25,6 @@ from lct.kernels.numerics import compare
 Run = Callable[[], object]
 # Dense bf16 and fp16 matrix products by the vendor's datasheet, TFLOP/s.
 PEAKS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312}
-RESULTS = ROOT / "bench" / "results"
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,33 @@ def near(truth, budget: float) -> Callable[[object], str | None]:
         return None
 
     return check
+
+
+# -- what is launched --------------------------------------------------------------------------------------------------
+
+
+def without_graph(function: Callable, inputs: Sequence[torch.Tensor]) -> Run:
+    """Forward alone."""
+
+    def run():
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def gradients(function: Callable, inputs: Sequence[torch.Tensor], upstream) -> Run:
+    """Backward alone: the graph is made at the first call and kept."""
+    graph: list = []
+
+    def run():
+        if not graph:
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            graph.extend((function(*leaves), leaves))
+        outputs, leaves = graph
+        return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+
+    return run
 
 
 # -- timing ------------------------------------------------------------------------------------------------------------
@@ -298,9 +324,8 @@ def case_key(row: dict) -> str:
     """The name of a row's case, its sizes included."""
     sizes = [f"{row[size]:,} {size if row[size] != 1 else size[:-1]}" for size in ("rows", "shots") if size in row]
     sizes += [f"D {row['dim']}"] if "dim" in row else []
-    sizes += (
-        [f"{row['heads']}:{row['kv_heads']} heads"] if row.get("kv_heads", row.get("heads")) != row.get("heads") else []
-    )
+    heads, kv_heads = row.get("heads"), row.get("kv_heads", row.get("heads"))
+    sizes += [f"{heads}:{kv_heads} heads"] if kv_heads != heads else []
     sizes += [row["kind"]] if "kind" in row else []
     return f"{row['case']} ({', '.join(sizes)})" if sizes else row["case"]
 

@@ -7,8 +7,7 @@ from functools import partial
 
 import torch
 from attention import scene
-from harness import Case, Provider, Setting, close_to
-from norm_rope import gradients, without_graph
+from harness import Case, Provider, Setting, close_to, gradients, without_graph
 from usual import modulate as eager_modulate
 
 from lct.kernels import gated, modulate, select
@@ -30,11 +29,8 @@ def cases(s: Setting) -> Iterator[Case]:
         def eager_gated(x, branch, gate, shot=shot):
             return (x + gate[shot] * branch).to(x.dtype)
 
-        def eager(x, shift, scale, shot=shot):
-            return eager_modulate(x, shift, scale, shot)
-
         for name, function, usual, inputs, moved in (
-            ("modulate", modulate, eager, (x, shift, scale), (2, 3)),
+            ("modulate", modulate, partial(eager_modulate, shot=shot), (x, shift, scale), (2, 3)),
             ("gated", gated, eager_gated, (x, branch, gate), (3, 3)),
         ):
             functions = {f"lct {i}": (partial(function, starts=starts, impl=i), True) for i in able}
@@ -43,7 +39,7 @@ def cases(s: Setting) -> Iterator[Case]:
                 functions["torch.compile of it"] = (torch.compile(usual, dynamic=False), False)
             exact, wide = partial(function, starts=starts, impl="reference"), [t.double() for t in inputs]
             check = close_to(exact(*wide), exact(*inputs))
-            providers = [Provider(n, partial(without_graph, f, inputs), mine) for n, (f, mine) in functions.items()]
+            providers = [Provider(n, without_graph(f, inputs), mine) for n, (f, mine) in functions.items()]
             yield Case(f"{name} forward", about, providers, 0, moved[0] * tensor, check)
             truth = gradients(exact, wide, upstream.double())()
             check = close_to(truth, gradients(exact, inputs, upstream)(), "gradient")

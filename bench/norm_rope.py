@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from attention import scene
-from harness import Case, Provider, Setting, close_to, near
+from harness import Case, Provider, Setting, close_to, gradients, near, without_graph
 from torch import Tensor
 from usual import norm_rope as eager
 
@@ -28,11 +28,8 @@ def cases(s: Setting) -> Iterator[Case]:
     for index, count in enumerate(rows):
         layout = scene(count, 5, "ragged")
         geometry = layout.geometry(s.device)
-        streams, positions, spec = (
-            geometry.streams,
-            geometry.positions,
-            NormRope(heads, (dim // 8, dim // 8 * 3, dim // 2)),
-        )
+        streams, positions = geometry.streams, geometry.positions
+        spec = NormRope(heads, (dim // 8, dim // 8 * 3, dim // 2))
         qkv = [s.normal(len(at), 3 * heads, dim) for at in (streams.text_rows, streams.video_rows)]
         norm = (s.normal(dim, dtype=torch.float32), s.normal(dim, dtype=torch.float32))
         able = [i for i in select.NORM_ROPE if not select.NORM_ROPE[i].reasons(qkv[1])]
@@ -50,32 +47,13 @@ def cases(s: Setting) -> Iterator[Case]:
         upstream = [s.normal(layout.rows, heads, dim) for _ in range(3)]
         wide, exact = [x.double() for x in qkv], partial(ours, "reference")
         check = close_to(exact(*wide), exact(*qkv))
-        forward = [Provider(name, partial(without_graph, f, qkv), mine) for name, (f, mine) in functions.items()]
+        forward = [Provider(name, without_graph(f, qkv), mine) for name, (f, mine) in functions.items()]
         yield Case("norm_rope_join forward", scale, forward, 0, 6 * tensor, check, about)
         truth = gradients(exact, wide, [u.double() for u in upstream])()
         check = close_to(truth, gradients(exact, qkv, upstream)(), "gradient")
         backward = [Provider(name, gradients(f, qkv, upstream), mine) for name, (f, mine) in functions.items()]
         yield Case("norm_rope_join backward", scale, backward, 0, 8 * tensor, check, about)  # it need not read v
         yield from cache_cases(s, qkv, norm, geometry, spec, able, scale, about, tensor)
-
-
-def without_graph(function, inputs):
-    with torch.no_grad():
-        return function(*inputs)
-
-
-def gradients(function, inputs, upstream):
-    """Backward alone: the graph is made at the first call and kept."""
-    graph: list = []
-
-    def run():
-        if not graph:
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            graph.extend((function(*leaves), leaves))
-        outputs, leaves = graph
-        return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-
-    return run
 
 
 def cache_cases(s: Setting, qkv, norm, geometry, spec, able, scale, about, tensor) -> Iterator[Case]:
@@ -127,9 +105,8 @@ def cache_cases(s: Setting, qkv, norm, geometry, spec, able, scale, about, tenso
     def gather():
         return rotate(pools[0][slots.flip(0)], turns), pools[1][slots.flip(0)]
 
-    providers = [Provider(f"lct {i}", assemble(i), ours=True) for i in able] + [
-        Provider("eager gather + rotate, tables ready", gather)
-    ]
+    providers = [Provider(f"lct {i}", assemble(i), ours=True) for i in able]
+    providers.append(Provider("eager gather + rotate, tables ready", gather))
     yield Case("assemble_", scale, providers, 0, 4 * tensor, near(gather(), 2 * RMS_BUDGET[s.dtype]), about)
 
 

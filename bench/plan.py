@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from attention import scene
-from baselines import analytic_block_mask, block_mask, block_mask_bytes
+from baselines import analytic_block_mask, block_mask, block_mask_bytes, ends_of
 from harness import Case, Provider, Setting
 
 from lct.layout import SceneLayout, _plan
@@ -58,10 +58,9 @@ def wrong(layout: SceneLayout, result) -> str | None:
         expected = [(a, b, ((0, b),)) for a, b in spans]
         return None if seen == expected else f"sees {seen}, expected {expected}"
     rows, block = layout.rows, result.BLOCK_SIZE[0]
-    ends = torch.tensor(layout.shot_ends)
-    of_row = torch.repeat_interleave(ends, ends.diff(prepend=ends.new_zeros(1)))
+    ends = ends_of(layout, torch.device("cpu"))
     first = torch.arange(-(-rows // block)) * block
-    touched = (of_row[(first + block - 1).clamp(max=rows - 1)] + block - 1) // block
+    touched = (ends[(first + block - 1).clamp(max=rows - 1)] + block - 1) // block
     whole = result.full_kv_num_blocks[0, 0].cpu() if result.full_kv_num_blocks is not None else 0
     found = result.kv_num_blocks[0, 0].cpu() + whole
     if not torch.equal(found.long(), touched):

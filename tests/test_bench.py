@@ -14,9 +14,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))  # behind tests/, which has a film.py too
 
-from attention import checks, exact, gradients, scene  # noqa: E402
+from attention import checks, exact, scene  # noqa: E402
 from baselines import PACKAGES, attention_peers, left_out  # noqa: E402
-from harness import Case, Provider, Setting, case_key, growth, measure, sentence, table, winners  # noqa: E402
+from harness import Case, Provider, Setting, case_key, gradients, growth, measure, sentence, table, winners  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from lct.kernels import attention  # noqa: E402
@@ -111,9 +111,9 @@ def test_peers_are_exact_and_a_wrong_one_is_caught(rows):
     assert set(right) == {"SDPA per shot", "SDPA, dense mask"}
     for peer in right.values():
         assert forward(peer.attend(q, k, v)) is None
-        assert backward(gradients(peer.attend, q, k, v, dout)()) is None
+        assert backward(gradients(peer.attend, (q, k, v), dout)()) is None
     unmasked = peers["dense without a mask"].attend
-    assert forward(unmasked(q, k, v)) and backward(gradients(unmasked, q, k, v, dout)())
+    assert forward(unmasked(q, k, v)) and backward(gradients(unmasked, (q, k, v), dout)())
 
 
 def test_the_truth_is_that_of_the_reference():
@@ -123,7 +123,7 @@ def test_the_truth_is_that_of_the_reference():
     out, gradient = exact(q, k, v, dout, layout)
     reference = partial(attention, plan=layout, impl="reference")
     torch.testing.assert_close(out, reference(q, k, v))
-    for got, expected in zip(gradient, gradients(reference, q, k, v, dout)(), strict=True):
+    for got, expected in zip(gradient, gradients(reference, (q, k, v), dout)(), strict=True):
         torch.testing.assert_close(got, expected)
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,7 @@ def test_a_link_leads_to_a_file(link):
     assert (ROOT / link).exists()
 
 
+@cache
 def report():
     """bench/report.py, whose neighbours stand behind tests/ in the path."""
     sys.path.append(str(ROOT / "bench"))

@@ -30,18 +30,20 @@ class Operation(dict[str, ModuleType | SimpleNamespace]):
 
     def against_auto(self, impl: str, *tensors: Tensor) -> list[str]:
         """Why `auto` does not take an implementation for these tensors; empty where it may."""
-        device, dtype = tensors[0].device, tensors[0].dtype
-        if against := self[impl].reasons(*tensors):
+        against = self[impl].reasons(*tensors)
+        if against or self._validated(impl, tensors[0]):
             return against
-        everywhere = hasattr(self[impl], "validated") and self[impl].validated(device, dtype)
-        if everywhere or remembered.passed(self.name, impl, device, dtype):
-            return []
-        name = str(dtype).removeprefix("torch.")
-        return [f"not validated on this {device.type} in {name}: ask for it by name, or run `lct doctor --validate`"]
+        kind, name = tensors[0].device.type, str(tensors[0].dtype).removeprefix("torch.")
+        return [f"not validated on this {kind} in {name}: ask for it by name, or run `lct doctor --validate`"]
 
     def auto(self, *tensors: Tensor) -> str:
         """The fastest validated implementation for these tensors."""
-        return next(impl for impl in self if not self.against_auto(impl, *tensors))
+        return next(i for i in self if self._validated(i, tensors[0]) and not self[i].reasons(*tensors))
+
+    def _validated(self, impl: str, x: Tensor) -> bool:
+        """On this kind of device in this dtype: wherever it was tried, or on this machine."""
+        everywhere = hasattr(self[impl], "validated") and self[impl].validated(x.device, x.dtype)
+        return everywhere or remembered.passed(self.name, impl, x.device, x.dtype)
 
 
 ATTENTION = Operation("attention", triton=triton_attention, sdpa=sdpa, reference=reference)

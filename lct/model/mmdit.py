@@ -164,9 +164,7 @@ class MMDiT(nn.Module):
         if isinstance(geometry, SceneLayout):
             geometry = geometry.geometry(video.device)
         if not torch.compiler.is_compiling():  # sizes read here would become guards, one compilation a layout
-            self._check(video, text, times, geometry, cache)
-            if pool is not None and cache is None:
-                raise ValueError("pool: goes with a cache, into which the same rows are written")
+            self._check(video, text, times, geometry, cache, pool)
         shots = self.time_in(
             time_features(times.to(statistics_dtype(self.video_out.weight.dtype)), self.config.time_channels)
         )
@@ -178,7 +176,7 @@ class MMDiT(nn.Module):
         shift, scale = self.last_modulation(shots).chunk(2, dim=-1)
         return self.video_out(modulate(x_video, shift, scale, geometry.streams.video_starts, choice.modulate))
 
-    def _check(self, video: Tensor, text: Tensor, times: Tensor, geometry: Geometry, cache: KVCache | None) -> None:
+    def _check(self, video, text, times, geometry: Geometry, cache: KVCache | None, pool: object | None) -> None:
         s, c = geometry.streams, self.config
         for name, x, expected in (
             ("video", video, (len(s.video_rows), c.patch_channels)),
@@ -189,6 +187,8 @@ class MMDiT(nn.Module):
                 raise ValueError(f"{name}: the layout and model expect shape {expected}, got {tuple(x.shape)}")
         if (cache is None) != (geometry.slots is None):
             raise ValueError("cache: goes with a geometry made by layout.tail, and only with one")
+        if pool is not None and cache is None:
+            raise ValueError("pool: goes with a cache, into which the same rows are written")
         if cache is not None and (len(cache.keys), cache.rows) != (c.blocks, geometry.plan.k_rows):
             raise ValueError(
                 f"cache: the geometry is for {c.blocks} blocks of {geometry.plan.k_rows} rows, "

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from baselines import Attend, Peer, attention_peers, left_out
+from baselines import Attend, Peer, attention_peers, timed
 from harness import Case, Provider, Run, Setting, close_to, gradients, near, without_graph
+from packages import left_out, package_peers
 from torch import Tensor
 
 from lct.kernels import attention, select
 from lct.kernels.numerics import RMS_BUDGET
-from lct.layout import SceneLayout, Shot
+from lct.layout import SceneLayout, Shot, _plan
+from lct.plan import Plan
 
 FULL_TRUTH = 1_024  # rows up to which the error of a same-dtype reference is the yardstick, element by element
 EXACT_ROWS = 20_000  # rows up to which the truth is float64
@@ -54,10 +56,11 @@ def cases(s: Setting) -> Iterator[Case]:
         q = s.normal(layout.rows, heads, dim)
         k, v = (s.normal(layout.rows, kv_heads, dim) for _ in range(2))
         dout = s.normal(layout.rows, heads, dim)
-        plan = layout.plan(s.device)
+        took, plan = timed(partial(fresh_plan, layout, s.device), s.device)
+        table = plan.table.nbytes + plan.key_table.nbytes
         ours = [i for i in select.ATTENTION if i != "reference" and not select.ATTENTION[i].reasons(q, k, v)]
-        attend = {f"lct {impl}": partial(attention, plan=plan, impl=impl) for impl in ours}
-        peers = attention_peers(layout, s.device, flex=s.gpu or index == 1)
+        attend = {f"lct {impl}": Peer(partial(attention, plan=plan, impl=impl), True, took, table) for impl in ours}
+        peers = attention_peers(layout, s.device, flex=s.gpu or index == 1) | package_peers(layout, s.device)
         scale = {"rows": layout.rows, "shots": shots}
         about = {"kind": kind, "heads": heads, "kv_heads": kv_heads, "dim": dim}
         flops = layout.flops(heads, dim)
@@ -69,12 +72,19 @@ def cases(s: Setting) -> Iterator[Case]:
         yield Case("attention backward", scale, backward, flops * 5 // 2, check=of_backward, about=about)
 
 
-def providers(ours: dict[str, Attend], peers: dict[str, Peer], launch: Callable[[Attend], Run]) -> list[Provider]:
+def providers(ours: dict[str, Peer], peers: dict[str, Peer], launch: Callable[[Attend], Run]) -> list[Provider]:
     """Everybody who takes part, each with what `launch` makes of their attention."""
     return [
-        *(Provider(name, launch(attend), ours=True) for name, attend in ours.items()),
-        *(Provider(n, launch(p.attend), False, p.exact, p.prepare_ms, p.prepare_bytes) for n, p in peers.items()),
+        Provider(name, launch(p.attend), own, p.exact, p.prepare_ms, p.prepare_bytes)
+        for own, side in ((True, ours), (False, peers))
+        for name, p in side.items()
     ]
+
+
+def fresh_plan(layout: SceneLayout, device: torch.device) -> Plan:
+    """The plan of a layout that has never been seen."""
+    _plan.cache_clear()
+    return SceneLayout(layout.scenes).plan(device)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, layout: SceneLayout) -> tuple[Tensor, list[Tensor]]:

@@ -1,16 +1,15 @@
 """Everybody else who can compute context-causal attention over shots, called as their authors mean them to be called.
 
-`attention_peers` gives, for one scene, every peer that can run on the device at hand; `left_out` says in a sentence why
-each of the others cannot. In the calls q, k, v are [S, A, D], and shots are [start, end), each seeing [0, end).
+`attention_peers` gives, for one scene, every peer that needs nothing but torch; those that come as packages of their
+own are in `packages`. In the calls q, k, v are [S, A, D], and shots are [start, end), each seeing [0, end).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib import util
 from typing import Any
 
 import torch
@@ -21,17 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lct.layout import SceneLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# Packages that are asked for by name, and what each would be.
-PACKAGES = {
-    "flash_attn": "FA2 package, varlen with seqused_k",
-    "fa3_fwd_interface": "FA3 (fa3-fwd), varlen with seqused_k, forward",
-    "flash_attn.cute": "FA4, block-sparse",
-    "cudnn": "cuDNN flex attention",
-    "magi_attention": "MagiAttention FFA",
-    "xformers": "xformers, BlockDiagonalGappyKeysMask, forward",
-    "flashinfer": "FlashInfer, paged prefill, forward",
-}
 
 
 @dataclass(frozen=True)
@@ -53,8 +41,11 @@ class Peer:
 
 def attention_peers(layout: SceneLayout, device: torch.device, flex: bool = True) -> dict[str, Peer]:
     """Every peer that can compute this layout here. `flex`: compile FlexAttention too, half a minute on a CPU."""
-    peers = {"SDPA per shot": Peer(per_shot(layout)), **dense_mask(layout, device)}
+    masked = dense_mask(layout, device)
+    peers = {"SDPA per shot": Peer(per_shot(layout)), **masked}
     if device.type == "cuda":
+        dense = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+        peers |= {f"{n}, {b}": replace(p, attend=under(dense[b], p.attend)) for n, p in masked.items() for b in dense}
         backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
         peers |= {f"SDPA per shot, {name}": Peer(under(b, per_shot(layout))) for name, b in backends.items()}
         peers |= {
@@ -65,27 +56,7 @@ def attention_peers(layout: SceneLayout, device: torch.device, flex: bool = True
         peers["dense without a mask"] = Peer(unmasked, exact=False)
     if flex:
         peers["FlexAttention"] = flex_attention(layout, device)
-    for module, make in {"fa3_fwd_interface": fa3, "flash_attn": fa2, "xformers": xformers}.items():
-        if device.type == "cuda" and importable(module):
-            peers[PACKAGES[module].split(",")[0]] = Peer(make(layout, device), backward=False)
     return peers
-
-
-def left_out(device: torch.device) -> dict[str, str]:
-    """Peers that cannot run here, and why."""
-    if device.type != "cuda":
-        names = ["FA2 in torch, seqused_k", "SDPA per shot under cuDNN or FA2", *PACKAGES.values()]
-        return dict.fromkeys(names, "needs a GPU")
-    untried = {"flash_attn.cute", "cudnn", "magi_attention", "flashinfer"}
-    return {
-        what: "no adapter has been tried against it on a GPU yet" if importable(module) else f"{module} does not import"
-        for module, what in PACKAGES.items()
-        if module in untried or not importable(module)
-    }
-
-
-def importable(module: str) -> bool:
-    return all(util.find_spec(".".join(module.split(".")[: i + 1])) for i in range(module.count(".") + 1))
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -224,41 +195,5 @@ def seqused(layout: SceneLayout, device: torch.device) -> Attend:
         forward = torch.ops.aten._flash_attention_forward
         scale = q.shape[-1] ** -0.5
         return forward(q, k, v, starts, zeros, longest, layout.rows, 0.0, False, False, scale=scale, seqused_k=ends)[0]
-
-    return run
-
-
-def fa2(layout: SceneLayout, device: torch.device) -> Attend:
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward as forward
-
-    starts, zeros, ends, longest = varlen(layout, device)
-    return lambda q, k, v: forward(
-        q, k, v, starts, zeros, longest, layout.rows, 0.0, q.shape[-1] ** -0.5, False, seqused_k=ends
-    )[0]
-
-
-def fa3(layout: SceneLayout, device: torch.device) -> Attend:
-    from fa3_fwd_interface import flash_attn_varlen_func as forward
-
-    starts, zeros, ends, longest = varlen(layout, device)
-
-    def run(q, k, v):
-        out = forward(q, k, v, starts, zeros, longest, layout.rows, seqused_k=ends, causal=False)
-        return out[0] if isinstance(out, tuple) else out
-
-    return run
-
-
-def xformers(layout: SceneLayout, device: torch.device) -> Attend:
-    from xformers.ops import fmha
-
-    sizes = [b - a for a, b in zip(layout.shot_starts, layout.shot_ends, strict=True)]
-    bias = fmha.attn_bias.BlockDiagonalGappyKeysMask.from_seqlens(
-        q_seqlen=sizes, kv_seqstarts=[0] * len(sizes) + [layout.rows], kv_seqlen=list(layout.shot_ends)
-    ).to(device)
-
-    def run(q, k, v):
-        repeated = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return fmha.memory_efficient_attention_forward(q[None], *(x[None] for x in repeated), bias)[0]
 
     return run

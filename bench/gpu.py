@@ -1,6 +1,6 @@
 """Everything a GPU machine is asked for, in one go: build, validate, test, sanitize, measure. No network.
 
-    make gpu            or: python bench/gpu.py [--out DIR] [--minutes 9]
+    make gpu            or: python bench/gpu.py [--out DIR] [--minutes 9] [--full] [--only STEP …]
 
 Runs with the Python it is called with, which needs this package's dependencies and pytest, installed or on PYTHONPATH;
 what is missing is named at once. Each step has its share of the time and its own log; what fails does not keep the next
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
@@ -51,13 +52,14 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def steps(out: Path) -> list[Step]:
+def steps(out: Path, full: bool = False) -> list[Step]:
+    """What is done, in order; measuring comes last and takes all the time that is left. `full`: every size."""
     python = sys.executable
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--launch-timeout", "60"]
     doctor = "import sys; from lct.cli import main; sys.exit(main(['doctor', '--validate']))"
     tests = [f"tests/test_{name}.py" for name in ("gpu", "native", "norm_rope", "cache", "modulate")]
     workers = ["-n", "8", "--dist", "load"] if util.find_spec("xdist") else []
-    measure = [python, "bench/run.py", "--quick", "--out", str(out)]
+    measure = [python, "bench/run.py", *([] if full else ["--quick"]), "--out", str(out)]
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun into the next tensor would be within bounds
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 60, r"^lct: (built for cuda .+)$"),
@@ -66,7 +68,7 @@ def steps(out: Path) -> list[Step]:
         Step(
             "memcheck", [*sanitizer, python, "tests/small_launches.py"], 80, r"(ERROR SUMMARY: .+)", sanitizer[0], apart
         ),
-        Step("measure", measure, 100, r"^attention: (.+)$"),
+        Step("measure", measure, 3600, r"^attention: (.+)$"),
     ]
 
 
@@ -96,7 +98,7 @@ def run(step: Step, out: Path, left: float) -> dict:
     return {"step": step.name, "state": state, "seconds": time.monotonic() - began, "figure": figure}
 
 
-def main(out: Path, minutes: float) -> int:
+def main(out: Path, minutes: float, full: bool = False, only: Sequence[str] = ()) -> int:
     until, results = time.monotonic() + 60 * minutes, []
     missing = [name for name in NEEDED if not util.find_spec(name)]
     if missing:
@@ -114,7 +116,7 @@ def main(out: Path, minutes: float) -> int:
 
     record = provenance("cuda")
     out.mkdir(parents=True, exist_ok=True)
-    for step in steps(out):
+    for step in (step for step in steps(out, full) if not only or step.name in only):
         results.append(run(step, out, until - time.monotonic()))
         print(f"{step.name}: {results[-1]['state']} after {results[-1]['seconds']:.0f} s", flush=True)
     record |= {"steps": results}
@@ -129,5 +131,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "bench" / "results")))
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--full", action="store_true", help="measure every size, not the few of --quick")
+    parser.add_argument("--only", nargs="+", default=(), choices=[step.name for step in steps(Path())])
     given = parser.parse_args()
-    sys.exit(main(given.out.resolve(), given.minutes))
+    sys.exit(main(given.out.resolve(), given.minutes, given.full, given.only))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from provenance import Telemetry, provenance
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -346,40 +347,58 @@ def sentence(record: dict) -> str:
 
 
 def table(record: dict) -> Table:
+    """A line a provider under a line a case. `Match`: its result is the truth; `speed`: over that of the best peer."""
     title = f"{record['question']} · {record['device']} · {record['dtype']}"
-    columns = ("case", "provider", "Match", "ms", "rate", "of ceiling", "mask or plan", "against the best peer")
-    shown = Table(*columns, title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rated = any("tflops" in r or "gb_s" in r for r in record["rows"])
+    prepared = any("prepare_ms" in r or "result_bytes" in r for r in record["rows"])
+    shown.add_column("case and provider", overflow="fold", ratio=1)
+    optional = (["rate", "of ceiling"] if rated else []) + (["mask or plan"] if prepared else [])
+    for name in ("Match", "ms", *optional, "speed"):
+        shown.add_column(name, justify="left" if name == "Match" else "right", no_wrap=True)
     best = {w["case"]: w["peer"]["ms"] for w in winners(record["rows"]) if w["peer"]}
     last = None
     for r in record["rows"]:
         key = case_key(r)
+        if key != last:
+            shown.add_row(f"[bold]{key}[/]")
+            last = key
+        name = f"  [green]{r['provider']}[/]" if r["ours"] else f"  {r['provider']}"
         if "ms" not in r:
             match = "[red]no[/]" if r["match"] is False else "-"
-            shown.add_row(key if key != last else "", r["provider"], match, "", f"[dim]{_short(r['why_not'])}[/]")
-        else:
-            ratio = f"{best[key] / r['ms']:.2f}" if key in best and r["exact"] else ""
-            match = "[green]yes[/]" if r["exact"] else "bound"
-            prepared = f"{r['prepare_ms']:.3g} ms" if "prepare_ms" in r else ""
-            prepared += f"{r['result_bytes']:,} B" if "result_bytes" in r else ""
-            name = f"[bold]{r['provider']}[/]" if r["ours"] else r["provider"]
-            shown.add_row(key if key != last else "", name, match, f"{r['ms']:.3g}", *_rates(r), prepared, ratio)
-        last = key
+            shown.add_row(f"{name} [dim]{_plain(r['why_not'])}[/]", match)
+            continue
+        ratio = f"{best[key] / r['ms']:.2f}" if key in best and r["exact"] else ""
+        match = "yes" if r["exact"] else "bound"
+        cells = (_rates(r) if rated else []) + ([_prepared(r)] if prepared else [])
+        shown.add_row(name, match, milliseconds(r["ms"]), *cells, ratio)
     return shown
 
 
-def _short(why: str | None) -> str:
-    return (why or "").replace("[", "(").replace("]", ")")[:60]
+def _plain(why: str | None) -> str:
+    return (why or "").replace("[", "(").replace("]", ")")
 
 
-def _rates(r: dict) -> tuple[str, str]:
+def milliseconds(ms: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _prepared(r: dict) -> str:
+    found = [f"{milliseconds(r['prepare_ms'])} ms"] if "prepare_ms" in r else []
+    return ", ".join(found + ([f"{r['result_bytes']:,} B"] if "result_bytes" in r else []))
+
+
+def _rates(r: dict) -> list[str]:
+    """A rate, and what part it is of the matrix product's or the copy's."""
     if "tokens_s" in r:
-        return f"{r['tokens_s']:,.0f} tokens/s", f"{r['of_matmul']:.0%} of matmul"
+        return [f"{r['tokens_s']:,.0f} tokens/s", f"{r['of_matmul']:.0%} matmul"]
     if "tflops" in r:
         rate = f"{r['tflops']:.3g} TFLOP/s" if r["tflops"] >= 1 else f"{1e3 * r['tflops']:.3g} GFLOP/s"
-        return rate, f"{r['of_matmul']:.0%} of matmul"
+        return [rate, f"{r['of_matmul']:.0%} matmul"]
     if "gb_s" in r:
-        return f"{r['gb_s']:.3g} GB/s", f"{r['of_copy']:.0%} of copy"
-    return "", ""
+        return [f"{r['gb_s']:.3g} GB/s", f"{r['of_copy']:.0%} copy"]
+    return ["", ""]
 
 
 def tell(record: dict, console: Console) -> None:

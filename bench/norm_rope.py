@@ -28,30 +28,34 @@ def cases(s: Setting) -> Iterator[Case]:
     for index, count in enumerate(rows):
         layout = scene(count, 5, "ragged")
         geometry = layout.geometry(s.device)
-        streams, positions = geometry.streams, geometry.positions
+        streams = geometry.streams
         spec = NormRope(heads, (dim // 8, dim // 8 * 3, dim // 2))
         qkv = [s.normal(len(at), 3 * heads, dim) for at in (streams.text_rows, streams.video_rows)]
         norm = (s.normal(dim, dtype=torch.float32), s.normal(dim, dtype=torch.float32))
         able = [i for i in select.NORM_ROPE if not select.NORM_ROPE[i].reasons(qkv[1])]
         about, scale = {"heads": heads, "dim": dim}, {"rows": layout.rows}
         tensor = layout.rows * heads * dim * s.dtype.itemsize
+        turns = rope_turns(geometry.positions, spec.axes, spec.theta, s.dtype)
 
-        def ours(impl: str, text: Tensor, video: Tensor, streams=streams, positions=positions, norm=norm, spec=spec):
-            return norm_rope_join(text, video, norm, norm, streams, positions, spec, impl)
+        def ours(impl: str, text: Tensor, video: Tensor, *weights: Tensor, geometry=geometry, spec=spec):
+            norms = weights[:2], weights[2:]
+            return norm_rope_join(text, video, *norms, geometry.streams, geometry.positions, spec, impl)
 
-        turns = rope_turns(positions, spec.axes, spec.theta, s.dtype)
-        usual = partial(eager, weights=(norm, norm), streams=streams, turns=turns, heads=heads, eps=spec.eps)
+        def usual(text: Tensor, video: Tensor, *weights: Tensor, geometry=geometry, spec=spec, turns=turns):
+            return eager(text, video, (weights[:2], weights[2:]), geometry.streams, turns, heads, spec.eps)
+
+        inputs = [*qkv, *norm, *norm]  # of text and video alike; each gets its own gradient
         functions = {f"lct {i}": (partial(ours, i), True) for i in able} | {"eager torch, tables ready": (usual, False)}
         if s.gpu or (index == 0 and not s.quick):
             functions["torch.compile of it"] = (torch.compile(usual, dynamic=False), False)
         upstream = [s.normal(layout.rows, heads, dim) for _ in range(3)]
-        wide, exact = [x.double() for x in qkv], partial(ours, "reference")
-        check = close_to(exact(*wide), exact(*qkv))
-        forward = [Provider(name, without_graph(f, qkv), mine) for name, (f, mine) in functions.items()]
+        wide, exact = [x.double() for x in inputs], partial(ours, "reference")
+        check = close_to(exact(*wide), exact(*inputs))
+        forward = [Provider(name, without_graph(f, inputs), mine) for name, (f, mine) in functions.items()]
         yield Case("norm_rope_join forward", scale, forward, 0, 6 * tensor, check, about)
         truth = gradients(exact, wide, [u.double() for u in upstream])()
-        check = close_to(truth, gradients(exact, qkv, upstream)(), "gradient")
-        backward = [Provider(name, gradients(f, qkv, upstream), mine) for name, (f, mine) in functions.items()]
+        check = close_to(truth, gradients(exact, inputs, upstream)(), "gradient")
+        backward = [Provider(name, gradients(f, inputs, upstream), mine) for name, (f, mine) in functions.items()]
         yield Case("norm_rope_join backward", scale, backward, 0, 8 * tensor, check, about)  # it need not read v
         yield from cache_cases(s, qkv, norm, geometry, spec, able, scale, about, tensor)
 
@@ -67,8 +71,8 @@ def cache_cases(s: Setting, qkv, norm, geometry, spec, able, scale, about, tenso
         cache = KVRows(*(torch.cat([x, torch.zeros_like(x)]) for x in history), slots + rows)
 
         def run():
-            norm_rope_append_(*qkv, norm, norm, geometry.streams, positions, spec, cache, impl=impl)
-            return cache.keys, cache.values
+            q = norm_rope_append_(*qkv, norm, norm, geometry.streams, positions, spec, cache, impl=impl)
+            return q, cache.keys, cache.values
 
         return run
 
@@ -78,16 +82,18 @@ def cache_cases(s: Setting, qkv, norm, geometry, spec, able, scale, about, tenso
         return eager(*qkv, (norm, norm), geometry.streams, turns, heads, spec.eps)
 
     def by_cat():
-        _, k, v = joined()
-        return torch.cat([history[0], k]), torch.cat([history[1], v])
+        q, k, v = joined()
+        return q, torch.cat([history[0], k]), torch.cat([history[1], v])
 
     grown = [torch.cat([x, torch.zeros_like(x)]) for x in history]
 
     def by_index_copy():
-        _, k, v = joined()
-        return grown[0].index_copy_(0, slots + rows, k), grown[1].index_copy_(0, slots + rows, v)
+        q, k, v = joined()
+        return q, grown[0].index_copy_(0, slots + rows, k), grown[1].index_copy_(0, slots + rows, v)
 
-    truth = [x.double() for x in by_cat()]
+    wide = [tuple(x.double() for x in tensors) for tensors in (qkv, norm)]
+    q, k, v = norm_rope_join(*wide[0], wide[1], wide[1], geometry.streams, positions, spec, "reference")
+    truth = q, torch.cat([history[0].double(), k]), torch.cat([history[1].double(), v])
     providers = [Provider(f"lct {i}", append(i), ours=True) for i in able]
     providers += [Provider("eager torch, torch.cat", by_cat), Provider("eager torch, index_copy_", by_index_copy)]
     check = near(truth, 2 * RMS_BUDGET[s.dtype])
@@ -107,7 +113,9 @@ def cache_cases(s: Setting, qkv, norm, geometry, spec, able, scale, about, tenso
 
     providers = [Provider(f"lct {i}", assemble(i), ours=True) for i in able]
     providers.append(Provider("eager gather + rotate, tables ready", gather))
-    yield Case("assemble_", scale, providers, 0, 4 * tensor, near(gather(), 2 * RMS_BUDGET[s.dtype]), about)
+    keys, values = (x[slots.flip(0)].double() for x in pools)
+    truth = rotate(keys, rope_turns(positions, spec.axes, spec.theta, torch.float64)), values
+    yield Case("assemble_", scale, providers, 0, 4 * tensor, near(truth, 2 * RMS_BUDGET[s.dtype]), about)
 
 
 def absent(s: Setting) -> dict[str, str]:

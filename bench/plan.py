@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from attention import scene
+from attention import fresh_plan, scene
 from baselines import analytic_block_mask, block_mask, block_mask_bytes, ends_of
 from harness import Case, Provider, Setting
 
-from lct.layout import SceneLayout, _plan
+from lct.layout import SceneLayout
 
 DENSE_LIMIT = 4_096  # rows up to which masks are compared pair by pair; beyond it, block by block
 
@@ -21,7 +21,7 @@ def cases(s: Setting) -> Iterator[Case]:
         layout = scene(count, 9, "ragged")
         pairs_bytes = layout.rows**2  # the eager builder makes a mask of pairs first; compiled, it does not
         affordable = pairs_bytes < (2**33 if s.gpu else 2**31)
-        providers = [Provider("lct layout + plan", partial(ours, layout, s.device), ours=True)]
+        providers = [Provider("lct layout + plan", partial(fresh_plan, layout, s.device), ours=True)]
         makers = {
             "create_block_mask, eager": partial(block_mask, layout, s.device, False),
             "create_block_mask, compiled": partial(block_mask, layout, s.device, True),
@@ -37,12 +37,6 @@ def cases(s: Setting) -> Iterator[Case]:
                 providers.append(Provider(name, make))
         scale, check = {"rows": layout.rows, "shots": 9}, partial(wrong, layout)
         yield Case("who sees whom", scale, providers, check=check, size=size, on_host=True)
-
-
-def ours(layout: SceneLayout, device: torch.device):
-    """A layout that has never been seen, and its plan, on the device."""
-    _plan.cache_clear()
-    return SceneLayout(layout.scenes).plan(device)
 
 
 def size(result) -> int:

@@ -9,18 +9,36 @@ import hashlib
 import json
 from pathlib import Path
 
-from harness import sentence, winners
+from harness import milliseconds, sentence, winners
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- end of results -->"
 BENCH_BEGIN, BENCH_END = "<!-- benchmarks: written by bench/report.py -->", "<!-- end of benchmarks -->"
-PLOT, CASES = ROOT / "docs" / "bench-cpu.svg", ROOT / "docs" / "bench-cpu.md"
+DOCS = ROOT / "docs"
 QUESTIONS = ("attention", "norm_rope", "modulate", "plan", "training", "generation")
 
 
 def record(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def machines() -> list[str]:
+    """Those that have been asked every question, as they stand in the records' names: the CPU first."""
+    asked = [{p.stem.removeprefix(f"{q}-") for p in RESULTS.glob(f"{q}-*.json")} for q in QUESTIONS]
+    return sorted(set.intersection(*asked), key=lambda name: (name != "cpu", name))
+
+
+def records(machine: str) -> list[dict]:
+    return [record(f"{name}-{machine}") for name in QUESTIONS]
+
+
+def plot_of(machine: str) -> Path:
+    return DOCS / f"bench-{machine}.svg"
+
+
+def cases_of(machine: str) -> Path:
+    return DOCS / f"bench-{machine}.md"
 
 
 def results() -> str:
@@ -72,29 +90,40 @@ def _gain(losses: dict) -> float:
 
 
 def benchmarks() -> str:
-    """The README's section: how it was measured, and who wins, a sentence a question."""
-    records = [record(f"{name}-cpu") for name in QUESTIONS]
-    first = records[0]
+    """The README's section: per machine, how it was measured, and who wins, a sentence a question."""
+    sections = [_machine(name) for name in machines()]
+    if machines() == ["cpu"]:
+        sections.append("Not yet run on a GPU.")
+    return "\n\n".join(sections)
+
+
+def _machine(machine: str) -> str:
+    found, plot, page = records(machine), plot_of(machine), cases_of(machine)
+    first = found[0]
+    where = f"{first['threads']} cores of an {first['device']}" if machine == "cpu" else f"an {first['device']}"
+    warm = "; small tensors stay in the processor's caches" if machine == "cpu" else ", behind a flush of its caches"
     lines = [
-        f"`lct bench` on {first['threads']} cores of an {first['device']}, {first['dtype']}, torch {first['torch']}: "
-        f"there a matrix product runs at {1e3 * first['matmul_tflops']:.0f} GFLOP/s, a copy at "
-        f"{first['copy_gb_s']:.0f} GB/s. Every number is a median of launches in turns with the peers', after its "
-        "result was found right; small tensors stay in the processor's caches. On a CPU our attention is torch's own, "
-        "and modulation is plain torch with a backward written out. Not yet run on a GPU. "
-        f"[Every case]({CASES.relative_to(ROOT).as_posix()}).",
+        f"`lct bench` on {where}, {first['dtype']}, torch {first['torch']}: there a matrix product runs at "
+        f"{_rate(first['matmul_tflops'])}, a copy at {first['copy_gb_s']:,.0f} GB/s. Every number is a median of "
+        f"launches in turns with the peers', after its result was found right{warm}. "
+        f"[Every case]({page.relative_to(ROOT).as_posix()}).",
         "",
-        *(f"- {sentence(r)}" for r in records),
+        *(f"- {sentence(r)}" for r in found),
         "",
-        f"![Growth and roofline]({PLOT.relative_to(ROOT).as_posix()})",
+        f"![Growth and roofline on {first['device']}]({plot.relative_to(ROOT).as_posix()})",
     ]
     return "\n".join(lines)
 
 
-def cases() -> str:
+def _rate(tflops: float) -> str:
+    return f"{tflops:,.0f} TFLOP/s" if tflops >= 10 else f"{1e3 * tflops:,.0f} GFLOP/s"
+
+
+def cases(machine: str) -> str:
     """All cases on a page of their own: our fastest, the best peer, and how time grows."""
-    records = [record(f"{name}-cpu") for name in QUESTIONS]
+    found = records(machine)
     lines = [
-        "# Every benchmark's cases",
+        f"# Every benchmark's cases on {found[0]['device']}",
         "",
         "Written by `python bench/report.py` from the records in `bench/results`. A ratio above 1 says that we are "
         "faster than the fastest peer.",
@@ -102,43 +131,39 @@ def cases() -> str:
         "| case | ours | ms | the best peer | ms | ratio |",
         "|---|---|---|---|---|---|",
     ]
-    for w in (w for r in records for w in winners(r["rows"])):
+    for w in (w for r in found for w in winners(r["rows"])):
         ours, peer = w["ours"], w["peer"]
-        theirs = f"{peer['provider']} | {_ms(peer)} | {w['ratio']:.2f}" if peer else "none | | "
-        lines.append(f"| {w['case']} | {ours['provider']} | {_ms(ours)} | {theirs} |")
+        theirs = f"{peer['provider']} | {milliseconds(peer['ms'])} | {w['ratio']:.2f}" if peer else "none | | "
+        lines.append(f"| {w['case']} | {ours['provider']} | {milliseconds(ours['ms'])} | {theirs} |")
     lines += [
         "",
         "| saying who sees whom | rows | ms | times ours | bytes | first call, ms |",
         "|---|---|---|---|---|---|",
     ]
-    plans = records[QUESTIONS.index("plan")]["rows"]
+    plans = found[QUESTIONS.index("plan")]["rows"]
     ours = {r["rows"]: r["ms"] for r in plans if r["ours"]}
     for r in plans:
-        found = f"{r['why_not']} | | | |"
+        cells = f"{r['why_not']} | | | |"
         if "ms" in r:
-            found = f"{_ms(r)} | {r['ms'] / ours[r['rows']]:.3g} | {r['result_bytes']:,} | {r['first_ms']:,.0f} |"
-        lines.append(f"| {r['provider']} | {r['rows']:,} | {found}")
+            times = f"{milliseconds(r['ms'])} | {r['ms'] / ours[r['rows']]:.3g}"
+            cells = f"{times} | {r['result_bytes']:,} | {r['first_ms']:,.0f} |"
+        lines.append(f"| {r['provider']} | {r['rows']:,} | {cells}")
     lines += ["", "| time grows in | of | as a power of | measured | FLOPs or bytes predict |", "|---|---|---|---|---|"]
-    for g in (g for r in records for g in r["growth"]):
+    for g in (g for r in found for g in r["growth"]):
         predicted = format(g["predicted"], ".2f") if "predicted" in g else ""
         lines.append(f"| {g['case']} | {g['provider']} | {g['against']} | {g['exponent']:.2f} | {predicted} |")
-    left = {name: why for r in records for name, why in r["left_out"].items()}
+    left = {name: why for r in found for name, why in r["left_out"].items()}
     lines += ["", "| not measured here | why |", "|---|---|", *(f"| {name} | {why} |" for name, why in left.items())]
     return "\n".join(lines) + "\n"
 
 
-def _ms(row: dict) -> str:
-    """Three digits, and never an exponent."""
-    return f"{row['ms']:,.0f}" if row["ms"] >= 1000 else f"{row['ms']:.3g}"
-
-
-def digest() -> str:
+def digest(machine: str) -> str:
     """Of the records that the plot shows."""
-    texts = [(RESULTS / f"{name}-cpu.json").read_bytes() for name in QUESTIONS]
+    texts = [(RESULTS / f"{name}-{machine}.json").read_bytes() for name in QUESTIONS]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 
-def plot() -> None:
+def plot(machine: str) -> None:
     """Time against rows and shots, and attention under the roofline of this machine."""
     import matplotlib
 
@@ -148,19 +173,20 @@ def plot() -> None:
     pyplot.rcParams.update({"svg.hashsalt": "lct", "svg.fonttype": "none", "font.size": 9})
     figure, grid = pyplot.subplots(2, 2, figsize=(10.5, 8), layout="constrained")
     axes = grid.flatten()
-    attention, plan, generation = (record(f"{name}-cpu") for name in ("attention", "plan", "generation"))
+    attention, plan, generation = (record(f"{name}-{machine}") for name in ("attention", "plan", "generation"))
     ragged = [r for r in attention["rows"] if r["case"] == "attention forward" and r.get("kind") == "ragged"]
     _lines(axes[0], [r for r in ragged if r["kv_heads"] == r["heads"]], "rows", "Attention forward, 5 ragged shots")
     _lines(axes[1], plan["rows"], "rows", "Who sees whom: plan or mask")
     _lines(axes[2], generation["rows"], "shots", "A scene, shot by shot")
     roof = axes[3]
     peak, copy = 1e3 * attention["matmul_tflops"], attention["copy_gb_s"]
+    size = 4 if attention["dtype"] == "float32" else 2
     intensities = [2.0**i for i in range(-1, 14)]
     roof.loglog(intensities, [min(peak, x * copy) for x in intensities], color="black", label="copy and matmul")
     for way in ("forward", "backward"):
         points = [r for r in attention["rows"] if r["case"] == f"attention {way}" and r["ours"] and "ms" in r]
         moved = 4 if way == "forward" else 8
-        x = [1e9 * r["tflops"] * r["ms"] / (moved * 4 * r["rows"] * r["heads"] * r["dim"]) for r in points]
+        x = [1e9 * r["tflops"] * r["ms"] / (moved * size * r["rows"] * r["heads"] * r["dim"]) for r in points]
         roof.loglog(x, [1e3 * r["tflops"] for r in points], "o", label=f"attention {way}")
     roof.set(title="Roofline", xlabel="FLOP per byte", ylabel="GFLOP/s")
     for axis in axes:
@@ -169,10 +195,11 @@ def plot() -> None:
             side.set_minor_formatter(ticker.NullFormatter())
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=7)
-    PLOT.parent.mkdir(exist_ok=True)
-    figure.savefig(PLOT, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    drawn = PLOT.read_text(encoding="utf-8")
-    PLOT.write_text(drawn.replace("</svg>", f"<!-- records {digest()} --></svg>"), encoding="utf-8")
+    path = plot_of(machine)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    drawn = path.read_text(encoding="utf-8")
+    path.write_text(drawn.replace("</svg>", f"<!-- records {digest(machine)} --></svg>"), encoding="utf-8")
 
 
 def _lines(axis, rows: list[dict], size: str, title: str) -> None:
@@ -194,5 +221,6 @@ def renewed(readme: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
-    CASES.write_text(cases(), encoding="utf-8")
-    plot()
+    for name in machines():
+        cases_of(name).write_text(cases(name), encoding="utf-8")
+        plot(name)

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))  # behind tests/, which has a film.py too
 
 from attention import checks, exact, scene  # noqa: E402
-from baselines import PACKAGES, attention_peers, left_out  # noqa: E402
+from baselines import attention_peers  # noqa: E402
 from harness import Case, Provider, Setting, case_key, gradients, growth, measure, sentence, table, winners  # noqa: E402
+from packages import PACKAGES, left_out, made_at_first_launch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from lct.kernels import attention  # noqa: E402
@@ -93,7 +94,7 @@ def test_the_table_shows_match_and_ratio():
     console.print(table(record))
     text = console.export_text()
     assert case_key(record["rows"][0]) in text
-    assert [word in text for word in ("Match", "yes", "no", "against the best peer")] == [True] * 4
+    assert [word in text for word in ("Match", "yes", "no", "speed")] == [True] * 4
 
 
 # Attention's peers
@@ -140,8 +141,18 @@ def test_one_bad_row_of_a_long_scene_is_caught(rows):
 
 
 def test_every_package_has_a_row_or_a_reason():
-    assert set(PACKAGES.values()) <= set(left_out(CPU.device))
+    assert {p.name for p in PACKAGES} <= set(left_out(CPU.device))
     assert all(left_out(CPU.device).values())
+
+
+def test_a_package_whose_interface_moved_is_a_row_that_says_so():
+    def moved(layout, q, k, v):
+        raise ImportError("no name 'create_mask_plan' in cudnn")
+
+    attend = made_at_first_launch(moved, scene(64, 2, "equal"))
+    record = asked(Provider("peer", lambda: attend(*[torch.randn(64, 1, 8)] * 3)), Provider("us", lambda: 3, True))
+    assert record["rows"][0]["why_not"] == "ImportError: no name 'create_mask_plan' in cudnn"
+    assert "ms" in record["rows"][1]
 
 
 # As commands

@@ -389,3 +389,22 @@ def test_the_sampler_generates_alike(chosen):
     ]
     scale = max(x.abs().max().item() for scene in results[0] for x in scene)
     assert worst(*results) <= 1e-3 * scale
+
+
+def test_one_varlen_call_over_overlapping_prefixes_has_no_right_gradient():
+    """Why FA2's single call is a forward-only peer: what it computes is right, and autograd through it refuses, or,
+    worse, returns gradients that are not those of the mask."""
+    from baselines import per_shot, seqused
+
+    layout = SceneLayout([[Shot(0, (2, 8, 8)), Shot(0, (3, 8, 8)), Shot(0, (1, 8, 8))]])
+    given = [torch.randn(layout.rows, 4, 64, device=CUDA, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn_like(given[0])
+    theirs, right = seqused(layout, CUDA)(*given), per_shot(layout)(*given)
+    assert (theirs - right).norm() < 2e-3 * right.norm()
+    truth = torch.autograd.grad(right, given, upstream)
+    try:
+        found = torch.autograd.grad(theirs, given, upstream)
+    except (RuntimeError, NotImplementedError):
+        return
+    errors = [((x - y).norm() / y.norm()).item() for x, y in zip(found, truth, strict=True)]
+    assert not max(errors) < 0.1, f"relative errors {errors} of dq, dk, dv"

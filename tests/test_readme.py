@@ -151,8 +151,24 @@ def report():
 
 def test_results_are_those_of_the_committed_records():
     assert report().renewed(README) == README, "stale: run python bench/report.py"
-    assert report().CASES.read_text(encoding="utf-8") == report().cases(), "stale: run python bench/report.py"
+    for machine in report().machines():
+        page = report().cases_of(machine).read_text(encoding="utf-8")
+        assert page == report().cases(machine), "stale: run python bench/report.py"
 
 
 def test_plots_are_those_of_the_committed_records():
-    assert report().digest() in report().PLOT.read_text(encoding="utf-8"), "stale: run python bench/report.py"
+    for machine in report().machines():
+        drawn = report().plot_of(machine).read_text(encoding="utf-8")
+        assert report().digest(machine) in drawn, "stale: run python bench/report.py"
+
+
+def test_every_machine_that_was_asked_everything_has_a_section(tmp_path, monkeypatch):
+    written = report()
+    for path in written.RESULTS.glob("*-cpu.json"):
+        shutil.copy(path, tmp_path)
+        shutil.copy(path, tmp_path / path.name.replace("-cpu", "-h200"))
+    monkeypatch.setattr(written, "RESULTS", tmp_path)
+    assert written.machines() == ["cpu", "h200"]
+    assert "docs/bench-h200.md" in written.benchmarks() and "Not yet run on a GPU" not in written.benchmarks()
+    (tmp_path / "plan-h200.json").unlink()
+    assert written.machines() == ["cpu"] and "Not yet run on a GPU" in written.benchmarks()

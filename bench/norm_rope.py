@@ -61,7 +61,7 @@ def cases(s: Setting) -> Iterator[Case]:
 
 
 def both(truth, yardstick, budget: float) -> Callable[[object], str | None]:
-    """QKV's gradients element by element; those of the norm's weights, sums over all rows in anybody's order, as one."""
+    """QKV's gradients element by element; those of norm weights, sums over all rows in anybody's order, as one."""
     of_qkv, of_weights = close_to(truth[:2], yardstick[:2], "gradient"), near(truth[2:], budget)
     return lambda result: of_qkv(result[:2]) or of_weights(result[2:])
 

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <string>
 
+#include "attention_cpu.h"
 #include "norm_rope.h"
 
 namespace lct {
@@ -275,9 +276,74 @@ int64_t partial_rows(TensorView text_qkv, TensorView video_qkv, int64_t heads, b
   return partial_rows_of(sizes, int(stream));
 }
 
+// -- attention ---------------------------------------------------------------------------------------------------------
+
+// A table of runs in CPU memory, none of which leaves its rows.
+RunTable table_of(const char* name, TensorView x, int64_t rows, int64_t seen_rows) {
+  const RunTable table{dense<int32_t>(name, x, kInt, {kDLCPU, 0}, {kAny, kAny}), int(x.size(0)), int(x.size(1))};
+  if (table.width < 4 || table.width % 2) refuse(name, "rows of (start, end, lo, hi, …)", x);
+  for (int i = 0; i < table.runs; ++i) {
+    const int32_t* run = table[i];
+    bool fits = run[0] >= 0 && run[0] <= run[1] && run[1] <= rows;
+    for (int j = 2; j < table.width; j += 2) fits = fits && run[j] >= 0 && run[j] <= run[j + 1] && run[j + 1] <= seen_rows;
+    if (!fits) TVM_FFI_THROW(ValueError) << name << ": run " << i << " leaves its " << rows << " or " << seen_rows << " rows";
+  }
+  return table;
+}
+
+AttentionSizes attention_sizes(TensorView q, TensorView k, double scale) {
+  check("q", q, kFloat, {kDLCPU, 0}, {kAny, kAny, kAny});
+  check("k", k, kFloat, {kDLCPU, 0}, {kAny, kAny, q.size(2)});
+  if (q.size(2) < 1 || q.size(2) > kMaxDim) refuse("q", "a head_dim of 1 to " + std::to_string(kMaxDim), q);
+  if (!k.size(1) || q.size(1) % k.size(1)) refuse("k", "heads that divide " + std::to_string(q.size(1)), k);
+  return {q.size(0), k.size(0), int(q.size(1)), int(k.size(1)), int(q.size(2)), float(scale)};
+}
+
+void attention_forward(TensorView q, TensorView k, TensorView v, TensorView table, TensorView out, TensorView lse,
+                       double scale, const tvm::ffi::String& isa, int64_t threads) {
+  const AttentionSizes z = attention_sizes(q, k, scale);
+  const Where at{q.device(), DType::fp32, kFloat};
+  const AttentionForward p{z,
+                           table_of("table", table, z.q_rows, z.k_rows),
+                           rows_of("q", q, at, z.q_rows, z.heads, z.dim),
+                           rows_of("k", k, at, z.k_rows, z.kv_heads, z.dim),
+                           rows_of("v", v, at, z.k_rows, z.kv_heads, z.dim),
+                           rows_of("out", out, at, z.q_rows, z.heads, z.dim),
+                           dense<float>("lse", lse, kFloat, at.device, {z.heads, z.q_rows})};
+  if (const char* error = attention_forward_cpu(p, isa.c_str(), int(threads))) TVM_FFI_THROW(ValueError) << error;
+}
+
+void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out,
+                        TensorView lse, TensorView table, TensorView key_table, TensorView dq, TensorView dk,
+                        TensorView dv, double scale, const tvm::ffi::String& isa, int64_t threads) {
+  const AttentionSizes z = attention_sizes(q, k, scale);
+  const Where at{q.device(), DType::fp32, kFloat};
+  const auto of_queries = [&](const char* name, TensorView x) { return rows_of(name, x, at, z.q_rows, z.heads, z.dim); };
+  const auto of_keys = [&](const char* name, TensorView x) { return rows_of(name, x, at, z.k_rows, z.kv_heads, z.dim); };
+  const AttentionBackward p{z,
+                            table_of("table", table, z.q_rows, z.k_rows),
+                            table_of("key_table", key_table, z.k_rows, z.q_rows),
+                            of_queries("dout", dout),
+                            of_queries("q", q),
+                            of_keys("k", k),
+                            of_keys("v", v),
+                            of_queries("out", out),
+                            of_queries("dq", dq),
+                            of_keys("dk", dk),
+                            of_keys("dv", dv),
+                            dense<float>("lse", lse, kFloat, at.device, {z.heads, z.q_rows}),
+                            dense<float>("dlse", dlse, kFloat, at.device, {z.heads, z.q_rows})};
+  if (const char* error = attention_backward_cpu(p, isa.c_str(), int(threads))) TVM_FFI_THROW(ValueError) << error;
+}
+
+tvm::ffi::String attention_names() { return attention_isas(); }
+
 }  // namespace
 }  // namespace lct
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_forward, lct::attention_forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_backward, lct::attention_backward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_isas, lct::attention_names);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_join, lct::join);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_assemble, lct::assemble);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_backward, lct::backward);

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lct.kernels import native_norm_rope, reference, remembered, sdpa
+from lct.kernels import native_attention, native_norm_rope, reference, remembered, sdpa
 
 try:
     from lct.kernels import triton_attention, triton_modulate, triton_norm_rope
@@ -46,7 +46,7 @@ class Operation(dict[str, ModuleType | SimpleNamespace]):
         return everywhere or remembered.passed(self.name, impl, x.device, x.dtype)
 
 
-ATTENTION = Operation("attention", triton=triton_attention, sdpa=sdpa, reference=reference)
+ATTENTION = Operation("attention", triton=triton_attention, cpu=native_attention, sdpa=sdpa, reference=reference)
 NORM_ROPE = Operation(
     "norm_rope",
     cuda=native_norm_rope.cuda,

@@ -1,0 +1,211 @@
+// Attention on the CPU: an operation is cut into tiles, longest first, that threads take in turn. What a tile computes
+// depends neither on the thread that takes it nor on how many there are, and all sums have one order.
+#include "attention_cpu.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "pool.h"
+
+namespace lct {
+namespace {
+
+// Backward: tasks that there are at least, if there are keys enough. Not the number of threads: bits would follow it.
+constexpr int kBackwardTasks = 16;
+
+struct Free {
+  void operator()(float* data) const { std::free(data); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer buffer(int64_t floats) {
+  void* data = nullptr;
+  if (posix_memalign(&data, 64, sizeof(float) * std::max<int64_t>(floats, 1))) throw std::bad_alloc();
+  return Buffer(static_cast<float*>(data));
+}
+
+// Of this thread, kept from call to call.
+float* scratch(int64_t floats) {
+  thread_local Buffer kept;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    kept = buffer(floats);
+    size = floats;
+  }
+  return kept.get();
+}
+
+const std::vector<const TileKernels*>& able() {
+  static const std::vector<const TileKernels*> found = [] {
+    std::vector<const TileKernels*> all;
+#ifdef LCT_X86
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (fma && __builtin_cpu_supports("avx512f")) all.push_back(&kAvx512Tile);
+    if (fma) all.push_back(&kAvx2Tile);
+#endif
+    all.push_back(&kPortableTile);
+    return all;
+  }();
+  return found;
+}
+
+const TileKernels* chosen(const char* isa) {
+  for (const TileKernels* kernels : able())
+    if (!*isa || !std::strcmp(isa, kernels->name)) return kernels;
+  return nullptr;
+}
+
+struct Tile {
+  const int32_t* run;
+  int64_t first;
+  int count;
+};
+
+int64_t seen(const int32_t* run, int intervals) {
+  int64_t rows = 0;
+  for (int i = 0; i < intervals; ++i) rows += run[3 + 2 * i] - run[2 + 2 * i];
+  return rows;
+}
+
+// All runs that see anything, in the table's order.
+std::vector<Tile> tiles_of(const RunTable& runs) {
+  std::vector<Tile> tiles;
+  for (int i = 0; i < runs.runs; ++i)
+    if (seen(runs[i], runs.intervals()))
+      for (int64_t first = runs[i][0], end = runs[i][1]; first < end; first += kTile)
+        tiles.push_back({runs[i], first, int(std::min<int64_t>(end - first, kTile))});
+  return tiles;
+}
+
+// Calls body(begin, end) for the rows that no tile has.
+template <class Body>
+void each_gap(std::vector<Tile> tiles, int64_t rows, Body body) {
+  std::sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.first < b.first; });
+  int64_t covered = 0;
+  for (const Tile& tile : tiles) {
+    if (covered < tile.first) body(covered, tile.first);
+    covered = tile.first + tile.count;
+  }
+  if (covered < rows) body(covered, rows);
+}
+
+void clear(const Rows& x, int64_t begin, int64_t end, int heads, int dim) {
+  for (int64_t row = begin; row < end; ++row)
+    for (int head = 0; head < heads; ++head)
+      std::memset(static_cast<float*>(x.data) + row * x.row + head * x.head, 0, sizeof(float) * dim);
+}
+
+// Key tiles that one task goes through for one key head, and where it adds up its part of dq.
+struct Part {
+  int begin, end;
+  PartialDq dq;
+  Buffer data;
+};
+
+std::vector<Part> parts_of(const std::vector<Tile>& tiles, const RunTable& runs, const AttentionSizes& z, int width) {
+  const int wanted = std::min<int>((kBackwardTasks + z.kv_heads - 1) / z.kv_heads, int(tiles.size()));
+  std::vector<int64_t> until(1, 0);  // pairs before a tile
+  for (const Tile& tile : tiles) until.push_back(until.back() + tile.count * seen(tile.run, runs.intervals()));
+  std::vector<Part> parts;
+  for (int i = 0, begin = 0; i < wanted; ++i) {
+    const int64_t share = until.back() * (i + 1) / wanted;
+    const int end = i + 1 == wanted ? int(tiles.size())
+                                    : int(std::lower_bound(until.begin(), until.end(), share) - until.begin());
+    if (end <= begin) continue;
+    int64_t lo = z.q_rows, hi = 0;
+    for (int tile = begin; tile < end; ++tile)
+      for (int j = 0; j < runs.intervals(); ++j)
+        if (const int32_t* run = tiles[tile].run; run[2 + 2 * j] < run[3 + 2 * j]) {
+          lo = std::min<int64_t>(lo, run[2 + 2 * j]);
+          hi = std::max<int64_t>(hi, run[3 + 2 * j]);
+        }
+    for (int head = 0; head < z.kv_heads; ++head) parts.push_back({begin, end, {nullptr, lo, hi - lo, width}, nullptr});
+    begin = end;
+  }
+  return parts;
+}
+
+
+}  // namespace
+
+const char* attention_isas() {
+  static const std::string names = [] {
+    std::string all;
+    for (const TileKernels* kernels : able()) all += (all.empty() ? "" : " ") + std::string(kernels->name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+const char* attention_forward_cpu(const AttentionForward& p, const char* isa, int threads) {
+  const TileKernels* kernels = chosen(isa);
+  if (!kernels) return "isa: this processor, or this build, has it not";
+  const AttentionSizes& z = p.sizes;
+  const std::vector<Tile> tiles = tiles_of(p.runs);
+  each_gap(tiles, z.q_rows, [&](int64_t begin, int64_t end) {
+    clear(p.out, begin, end, z.heads, z.dim);
+    for (int head = 0; head < z.heads; ++head)
+      std::fill(p.lse + head * z.q_rows + begin, p.lse + head * z.q_rows + end, -std::numeric_limits<float>::infinity());
+  });
+  const int64_t count = int64_t(tiles.size());
+  parallel(count * z.heads, threads, [&](int64_t task) {  // head by head: its keys stay in the caches
+    const Tile& tile = tiles[task % count];
+    kernels->forward(p, tile.run, tile.first, tile.count, int(task / count), scratch(kernels->scratch_floats(z.dim)));
+  });
+  return nullptr;
+}
+
+const char* attention_backward_cpu(const AttentionBackward& p, const char* isa, int threads) {
+  const TileKernels* kernels = chosen(isa);
+  if (!kernels) return "isa: this processor, or this build, has it not";
+  const AttentionSizes& z = p.sizes;
+  const int group = z.heads / z.kv_heads, width = (z.dim + kernels->lanes - 1) / kernels->lanes * kernels->lanes;
+  const std::vector<Tile> tiles = tiles_of(p.runs), key_tiles = tiles_of(p.key_runs);
+  each_gap(key_tiles, z.k_rows, [&](int64_t begin, int64_t end) {
+    clear(p.dk, begin, end, z.kv_heads, z.dim);
+    clear(p.dv, begin, end, z.kv_heads, z.dim);
+  });
+  const Buffer delta = buffer(z.heads * z.q_rows);
+  const int64_t count = int64_t(tiles.size());
+  parallel(count * z.heads, threads, [&](int64_t task) {
+    const Tile& tile = tiles[task % count];
+    const int head = int(task / count);
+    kernels->delta(p, tile.first, tile.count, head, delta.get() + head * z.q_rows + tile.first);
+  });
+  std::vector<Part> parts = parts_of(key_tiles, p.key_runs, z, width);
+  parallel(int64_t(parts.size()), threads, [&](int64_t task) {
+    Part& part = parts[task];
+    const int64_t floats = group * part.dq.rows * width;
+    part.data = buffer(floats);
+    part.dq.data = part.data.get();
+    std::memset(part.dq.data, 0, sizeof(float) * floats);
+    for (int i = part.begin; i < part.end; ++i) {
+      const Tile& tile = key_tiles[i];
+      kernels->backward(p, delta.get(), tile.run, tile.first, tile.count, int(task % z.kv_heads), part.dq,
+                        scratch(kernels->scratch_floats(z.dim)));
+    }
+  });
+  const int64_t chunks = (z.q_rows + kTile - 1) / kTile;
+  parallel(chunks * z.heads, threads, [&](int64_t task) {
+    const int head = int(task / chunks);
+    for (int64_t row = task % chunks * kTile, end = std::min(row + kTile, z.q_rows); row < end; ++row) {
+      float* to = static_cast<float*>(p.dq.data) + row * p.dq.row + head * p.dq.head;
+      std::memset(to, 0, sizeof(float) * z.dim);
+      for (size_t i = head / group; i < parts.size(); i += z.kv_heads) {
+        const PartialDq& dq = parts[i].dq;
+        if (row < dq.first || row >= dq.first + dq.rows) continue;
+        const float* from = dq.data + ((head % group) * dq.rows + row - dq.first) * width;
+        for (int d = 0; d < z.dim; ++d) to[d] += from[d];
+      }
+    }
+  });
+  return nullptr;
+}
+
+}  // namespace lct

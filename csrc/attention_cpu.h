@@ -1,0 +1,80 @@
+// Attention over a plan's runs on the CPU, fp32. attention_tile.cpp computes one tile, once per instruction set;
+// attention_cpu.cpp cuts an operation into tiles, spreads them over threads and picks the instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace lct {
+
+constexpr int kTile = 64;    // query rows of a forward tile, key rows of a backward tile
+constexpr int kBlock = 128;  // rows of the other side that are looked at together
+constexpr int kMaxDim = 256;
+
+// A table of runs (see lct/plan.py): row i is (start, end, lo_0, hi_0, lo_1, hi_1, …), and empty beyond what there is.
+struct RunTable {
+  const int32_t* data;
+  int runs;
+  int width;
+
+  const int32_t* operator[](int run) const { return data + int64_t(run) * width; }
+  int intervals() const { return (width - 2) / 2; }
+};
+
+struct AttentionSizes {
+  int64_t q_rows, k_rows;  // S, S_kv
+  int heads, kv_heads;     // A, A_kv
+  int dim;                 // D
+  float scale;
+};
+
+struct AttentionForward {
+  AttentionSizes sizes;
+  RunTable runs;  // query rows and the key intervals that they see
+  Rows q, k, v, out;
+  float* lse;  // [A, S]
+};
+
+struct AttentionBackward {
+  AttentionSizes sizes;
+  RunTable runs;      // as in the forward
+  RunTable key_runs;  // the transpose: key rows and the query intervals that see them
+  Rows dout, q, k, v, out, dq, dk, dv;
+  const float* lse;   // [A, S]
+  const float* dlse;  // [A, S]
+};
+
+// Where a part of the key rows adds its gradient of queries: [heads of a group, rows, D padded to `width`].
+struct PartialDq {
+  float* data;
+  int64_t first, rows;
+  int width;
+};
+
+// What an instruction set computes. `scratch` has `scratch_floats(dim)` floats on a boundary of 64 bytes.
+struct TileKernels {
+  const char* name;
+  int lanes;  // floats in a vector
+  int64_t (*scratch_floats)(int dim);
+  // out and lse of `count` ≤ kTile query rows of one head, which see what `run` says.
+  void (*forward)(const AttentionForward& p, const int32_t* run, int64_t first, int count, int head, float* scratch);
+  // dk and dv of `count` ≤ kTile key rows of one key head, seen by what `run` says; adds their part of dq.
+  void (*backward)(const AttentionBackward& p, const float* delta, const int32_t* run, int64_t first, int count,
+                   int kv_head, const PartialDq& dq, float* scratch);
+  // δ[r] = Σ_d dout · out − dlse of `count` query rows of one head.
+  void (*delta)(const AttentionBackward& p, int64_t first, int count, int head, float* delta);
+};
+
+extern const TileKernels kPortableTile;
+#ifdef LCT_X86
+extern const TileKernels kAvx2Tile, kAvx512Tile;
+#endif
+
+// `isa`: a name of `attention_isas`, or empty for the fastest. Null, or what is wrong.
+const char* attention_forward_cpu(const AttentionForward& p, const char* isa, int threads);
+const char* attention_backward_cpu(const AttentionBackward& p, const char* isa, int threads);
+// Those that this processor runs, fastest first, separated by spaces.
+const char* attention_isas();
+
+}  // namespace lct

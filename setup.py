@@ -120,7 +120,7 @@ def build(folder: Path, scratch: Path) -> dict:
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = list(pool.map(compile_source, sources))
-        run(cxx, "-shared", "-pthread", *compiled, *objects, tvm_ffi_library, "-o", str(library))
+        run(cxx, "-shared", "-pthread", *compiled, *objects, tvm_ffi_library, "-ldl", "-o", str(library))
     except LeftOut as why:
         record["left_out"] = {"cpu": str(why), "cuda": str(why), **record["left_out"]}
         return record

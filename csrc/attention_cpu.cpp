@@ -11,13 +11,14 @@
 #include <string>
 #include <vector>
 
-#include "pool.h"
+#include "threads.h"
 
 namespace lct {
 namespace {
 
 // Backward: tasks that there are at least, if there are keys enough. Not the number of threads: bits would follow it.
 constexpr int kBackwardTasks = 16;
+constexpr int kTasksPerThread = 16;  // so that the last ones to end are short
 
 struct Free {
   void operator()(float* data) const { std::free(data); }
@@ -73,14 +74,21 @@ int64_t seen(const int32_t* run, int intervals) {
   return rows;
 }
 
-// All runs that see anything, in the table's order.
-std::vector<Tile> tiles_of(const RunTable& runs) {
+// Of all runs that see anything, in the table's order, at most `most` rows each.
+std::vector<Tile> tiles_of(const RunTable& runs, int most) {
   std::vector<Tile> tiles;
   for (int i = 0; i < runs.runs; ++i)
     if (seen(runs[i], runs.intervals()))
-      for (int64_t first = runs[i][0], end = runs[i][1]; first < end; first += kTile)
-        tiles.push_back({runs[i], first, int(std::min<int64_t>(end - first, kTile))});
+      for (int64_t first = runs[i][0], end = runs[i][1]; first < end; first += most)
+        tiles.push_back({runs[i], first, int(std::min<int64_t>(end - first, most))});
   return tiles;
+}
+
+// Query rows of a forward task: tiles share a look at the keys where that leaves every thread tasks enough. It changes
+// no bit.
+int rows_of_task(const AttentionSizes& z, int threads) {
+  const int64_t tiles = z.q_rows / kTile * z.heads / (int64_t(kTasksPerThread) * std::max(threads, 1));
+  return kTile * int(std::clamp<int64_t>(tiles, 1, kForwardTiles));
 }
 
 // Calls body(begin, end) for the rows that no tile has.
@@ -147,7 +155,7 @@ const char* attention_forward_cpu(const AttentionForward& p, const char* isa, in
   const TileKernels* kernels = chosen(isa);
   if (!kernels) return "isa: this processor, or this build, has it not";
   const AttentionSizes& z = p.sizes;
-  const std::vector<Tile> tiles = tiles_of(p.runs);
+  const std::vector<Tile> tiles = tiles_of(p.runs, rows_of_task(z, threads));
   each_gap(tiles, z.q_rows, [&](int64_t begin, int64_t end) {
     clear(p.out, begin, end, z.heads, z.dim);
     for (int head = 0; head < z.heads; ++head)
@@ -156,7 +164,7 @@ const char* attention_forward_cpu(const AttentionForward& p, const char* isa, in
   const int64_t count = int64_t(tiles.size());
   parallel(count * z.heads, threads, [&](int64_t task) {  // head by head: its keys stay in the caches
     const Tile& tile = tiles[task % count];
-    kernels->forward(p, tile.run, tile.first, tile.count, int(task / count), scratch(kernels->scratch_floats(z.dim)));
+    kernels->forward(p, tile.run, tile.first, tile.count, int(task / count), scratch(kernels->forward_floats(z.dim)));
   });
   return nullptr;
 }
@@ -166,7 +174,7 @@ const char* attention_backward_cpu(const AttentionBackward& p, const char* isa, 
   if (!kernels) return "isa: this processor, or this build, has it not";
   const AttentionSizes& z = p.sizes;
   const int group = z.heads / z.kv_heads, width = (z.dim + kernels->lanes - 1) / kernels->lanes * kernels->lanes;
-  const std::vector<Tile> tiles = tiles_of(p.runs), key_tiles = tiles_of(p.key_runs);
+  const std::vector<Tile> tiles = tiles_of(p.runs, kTile), key_tiles = tiles_of(p.key_runs, kBackwardTiles * kTile);
   each_gap(key_tiles, z.k_rows, [&](int64_t begin, int64_t end) {
     clear(p.dk, begin, end, z.kv_heads, z.dim);
     clear(p.dv, begin, end, z.kv_heads, z.dim);
@@ -188,7 +196,7 @@ const char* attention_backward_cpu(const AttentionBackward& p, const char* isa, 
     for (int i = part.begin; i < part.end; ++i) {
       const Tile& tile = key_tiles[i];
       kernels->backward(p, delta.get(), tile.run, tile.first, tile.count, int(task % z.kv_heads), part.dq,
-                        scratch(kernels->scratch_floats(z.dim)));
+                        scratch(kernels->backward_floats(z.dim)));
     }
   });
   const int64_t chunks = (z.q_rows + kTile - 1) / kTile;

@@ -8,8 +8,10 @@
 
 namespace lct {
 
-constexpr int kTile = 64;    // query rows of a forward tile, key rows of a backward tile
-constexpr int kBlock = 128;  // rows of the other side that are looked at together
+constexpr int kTile = 64;          // query rows, in the backward key rows, that stand in lanes together
+constexpr int kForwardTiles = 4;   // such tiles that a task leads past the other side's rows: each is read once for all
+constexpr int kBackwardTiles = 2;
+constexpr int kBlock = 128;        // rows of the other side that are looked at together
 constexpr int kMaxDim = 256;
 
 // A table of runs (see lct/plan.py): row i is (start, end, lo_0, hi_0, lo_1, hi_1, …), and empty beyond what there is.
@@ -52,14 +54,15 @@ struct PartialDq {
   int width;
 };
 
-// What an instruction set computes. `scratch` has `scratch_floats(dim)` floats on a boundary of 64 bytes.
+// What an instruction set computes. `scratch` begins on a boundary of 64 bytes.
 struct TileKernels {
   const char* name;
   int lanes;  // floats in a vector
-  int64_t (*scratch_floats)(int dim);
-  // out and lse of `count` ≤ kTile query rows of one head, which see what `run` says.
+  int64_t (*forward_floats)(int dim);  // of scratch
+  int64_t (*backward_floats)(int dim);
+  // out and lse of `count` ≤ kForwardTiles · kTile query rows of one head, which see what `run` says.
   void (*forward)(const AttentionForward& p, const int32_t* run, int64_t first, int count, int head, float* scratch);
-  // dk and dv of `count` ≤ kTile key rows of one key head, seen by what `run` says; adds their part of dq.
+  // dk and dv of `count` ≤ kBackwardTiles · kTile key rows of one key head, seen by what `run` says; adds to dq.
   void (*backward)(const AttentionBackward& p, const float* delta, const int32_t* run, int64_t first, int count,
                    int kv_head, const PartialDq& dq, float* scratch);
   // δ[r] = Σ_d dout · out − dlse of `count` query rows of one head.

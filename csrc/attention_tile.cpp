@@ -107,16 +107,20 @@ inline void block(const Product& p, int row, int lane) {
     }
 }
 
+// Rows in blocks as even as can be: a last one of few rows would wait for its own sums.
 template <int N, A form, C update>
 void columns(const Product& p, int rows, int lane) {
-  int row = 0;
-  for (; row + kRows <= rows; row += kRows) block<kRows, N, form, update>(p, row, lane);
-  switch (rows - row) {
-    case 5: return block<5, N, form, update>(p, row, lane);
-    case 4: return block<4, N, form, update>(p, row, lane);
-    case 3: return block<3, N, form, update>(p, row, lane);
-    case 2: return block<2, N, form, update>(p, row, lane);
-    case 1: return block<1, N, form, update>(p, row, lane);
+  for (int row = 0, blocks = (rows + kRows - 1) / kRows; blocks; --blocks) {
+    const int height = (rows - row + blocks - 1) / blocks;
+    switch (height) {
+      case 6: block<6, N, form, update>(p, row, lane); break;
+      case 5: block<5, N, form, update>(p, row, lane); break;
+      case 4: block<4, N, form, update>(p, row, lane); break;
+      case 3: block<3, N, form, update>(p, row, lane); break;
+      case 2: block<2, N, form, update>(p, row, lane); break;
+      case 1: block<1, N, form, update>(p, row, lane); break;
+    }
+    row += height;
   }
 }
 
@@ -198,13 +202,22 @@ void from_lanes(const float* lanes, const float* factor, const Rows& x, int64_t 
   }
 }
 
-// -- forward -----------------------------------------------------------------------------------------------------------
+struct Block {
+  const float* data;
+  int64_t stride;
+};
 
-int64_t scratch_floats(int dim) {
-  const int64_t padded = vectors(dim) * W, rows = padded * kTile, block = kBlock * kTile;
-  const int64_t forward = 2 * rows + block + 3 * kTile, backward = 5 * rows + 2 * block;
-  return forward > backward ? forward : backward;
+// `n` rows as they lie or, where whole pages between them put them all into one set of the first cache, copied together.
+// With AVX-512 a product is wide enough to wait for none.
+Block together(const float* rows, int64_t stride, int n, int dim, float* copy) {
+  if (W == 16 || stride % 1024) return {rows, stride};
+  const int padded = vectors(dim) * W;
+  for (int i = 0; i < n; ++i)
+    for (int c = 0; c < dim; c += W) at(copy + i * padded + c) = channels_of(rows + i * stride, c, dim);
+  return {copy, padded};
 }
+
+// -- forward -----------------------------------------------------------------------------------------------------------
 
 // Scores [n, lanes] become e^(score − peak); peak, total and what is left of the earlier sums follow.
 void softmax(float* scores, int n, int lanes, float* peak, float* total, float* kept) {
@@ -227,26 +240,56 @@ void softmax(float* scores, int n, int lanes, float* peak, float* total, float* 
   }
 }
 
+// What is kept of kTile query rows while keys go by.
+struct Queries {
+  float *lanes, *out;           // [D padded, kTile]
+  float *peak, *total, *kept;   // [kTile]
+  int count, columns;
+
+  static int64_t floats(int padded) { return (2 * padded + 3) * kTile; }
+  Queries(float* at, int padded, int count) : count(count), columns(vectors(count)) {
+    lanes = at, out = lanes + padded * kTile, peak = out + padded * kTile, total = peak + kTile, kept = total + kTile;
+  }
+};
+
+int64_t forward_floats(int dim) {
+  const int64_t padded = vectors(dim) * W;
+  return kTile * kBlock + kBlock * padded + kForwardTiles * Queries::floats(padded);
+}
+
 void forward(const AttentionForward& p, const int32_t* run, int64_t first, int count, int head, float* scratch) {
-  const int dim = p.sizes.dim, columns = vectors(count), padded = vectors(dim) * W;
+  const int dim = p.sizes.dim, padded = vectors(dim) * W;
   const int kv_head = head / (p.sizes.heads / p.sizes.kv_heads);
-  float *queries = scratch, *out = queries + padded * kTile, *scores = out + padded * kTile;
-  float *peak = scores + kBlock * kTile, *total = peak + kTile, *kept = total + kTile;
-  into_lanes(p.q, first, count, head, dim, p.sizes.scale, queries);
-  std::memset(out, 0, sizeof(float) * padded * kTile);
-  for (int i = 0; i < kTile; ++i) peak[i] = -INFINITY, total[i] = 0;
+  float *scores = scratch, *copy = scores + kTile * kBlock, *states = copy + kBlock * padded;
+  const auto queries = [&](int row) {
+    return Queries(states + row / kTile * Queries::floats(padded), padded, count - row < kTile ? count - row : kTile);
+  };
+  for (int row = 0; row < count; row += kTile) {
+    const Queries x = queries(row);
+    into_lanes(p.q, first + row, x.count, head, dim, p.sizes.scale, x.lanes);
+    std::memset(x.out, 0, sizeof(float) * padded * kTile);
+    for (int i = 0; i < kTile; ++i) x.peak[i] = -INFINITY, x.total[i] = 0;
+  }
   for (int interval = 0; interval < p.runs.intervals(); ++interval)
     for (int64_t lo = run[2 + 2 * interval], hi = run[3 + 2 * interval]; lo < hi; lo += kBlock) {
       const int n = int(hi - lo < kBlock ? hi - lo : kBlock);
-      const float *keys = row_of(p.k, lo, kv_head), *values = row_of(p.v, lo, kv_head);
-      multiply<A::rows, C::set>({dim, keys, p.k.row, queries, kTile, scores, kTile, nullptr}, n, columns);
-      softmax(scores, n, columns * W, peak, total, kept);
-      multiply<A::columns, C::scale>({n, values, p.v.row, scores, kTile, out, kTile, kept}, dim, columns);
+      const float* keys = row_of(p.k, lo, kv_head);
+      const Block values = together(row_of(p.v, lo, kv_head), p.v.row, n, dim, copy);
+      for (int row = 0; row < count; row += kTile) {
+        const Queries x = queries(row);
+        multiply<A::rows, C::set>({dim, keys, p.k.row, x.lanes, kTile, scores, kTile, nullptr}, n, x.columns);
+        softmax(scores, n, x.columns * W, x.peak, x.total, x.kept);
+        multiply<A::columns, C::scale>({n, values.data, values.stride, scores, kTile, x.out, kTile, x.kept}, dim,
+                                       x.columns);
+      }
     }
-  float* lse = p.lse + head * p.sizes.q_rows + first;
-  for (int i = 0; i < count; ++i) lse[i] = peak[i] + std::log(total[i]);
-  for (int i = 0; i < columns * W; ++i) total[i] = total[i] > 0 ? 1 / total[i] : total[i];
-  from_lanes(out, total, p.out, first, count, head, dim);
+  for (int row = 0; row < count; row += kTile) {
+    const Queries x = queries(row);
+    float* lse = p.lse + head * p.sizes.q_rows + first + row;
+    for (int i = 0; i < x.count; ++i) lse[i] = x.peak[i] + std::log(x.total[i]);
+    for (int i = 0; i < x.columns * W; i += W) at(x.total + i) = 1.f / at(x.total + i);
+    from_lanes(x.out, x.total, p.out, first + row, x.count, head, dim);
+  }
 }
 
 // -- backward ----------------------------------------------------------------------------------------------------------
@@ -276,46 +319,78 @@ void gradients(float* scores, float* dp, int n, int lanes, const float* lse, con
     }
 }
 
+// What is kept of kTile key rows while queries go by.
+struct Keys {
+  float *keys, *values, *dk, *dv;  // [D padded, kTile]
+  float* rows;                     // keys [kTile, D padded]
+  int count, columns;
+
+  static int64_t floats(int padded) { return 5 * padded * kTile; }
+  Keys(float* at, int padded, int count) : count(count), columns(vectors(count)) {
+    const int tile = padded * kTile;
+    keys = at, values = keys + tile, dk = values + tile, dv = dk + tile, rows = dv + tile;
+  }
+};
+
+int64_t backward_floats(int dim) {
+  const int64_t padded = vectors(dim) * W;
+  return 2 * kTile * kBlock + 2 * kBlock * padded + kBackwardTiles * Keys::floats(padded);
+}
+
 void backward(const AttentionBackward& p, const float* delta, const int32_t* run, int64_t first, int count, int kv_head,
               const PartialDq& dq, float* scratch) {
   const AttentionSizes& z = p.sizes;
-  const int dim = z.dim, columns = vectors(count), padded = vectors(dim) * W, group = z.heads / z.kv_heads;
-  const int64_t tile = int64_t(padded) * kTile;
-  float *keys = scratch, *values = keys + tile, *dk = values + tile, *dv = dk + tile, *rows = dv + tile;
-  float *scores = rows + tile, *dp = scores + kBlock * kTile;
-  into_lanes(p.k, first, count, kv_head, dim, z.scale, keys);
-  into_lanes(p.v, first, count, kv_head, dim, 1.f, values);
-  for (int i = 0; i < count; ++i)
-    for (int c = 0; c < dim; c += W) at(rows + i * padded + c) = channels_of(row_of(p.k, first + i, kv_head), c, dim);
-  std::memset(dk, 0, sizeof(float) * 2 * tile);
+  const int dim = z.dim, padded = vectors(dim) * W, group = z.heads / z.kv_heads;
+  float *scores = scratch, *dp = scores + kTile * kBlock, *copy = dp + kTile * kBlock;
+  float* states = copy + 2 * kBlock * padded;
+  const auto keys = [&](int row) {
+    return Keys(states + row / kTile * Keys::floats(padded), padded, count - row < kTile ? count - row : kTile);
+  };
+  for (int row = 0; row < count; row += kTile) {
+    const Keys x = keys(row);
+    into_lanes(p.k, first + row, x.count, kv_head, dim, z.scale, x.keys);
+    into_lanes(p.v, first + row, x.count, kv_head, dim, 1.f, x.values);
+    for (int i = 0; i < x.count; ++i)
+      for (int c = 0; c < dim; c += W)
+        at(x.rows + i * padded + c) = channels_of(row_of(p.k, first + row + i, kv_head), c, dim);
+    std::memset(x.dk, 0, sizeof(float) * padded * kTile);
+    std::memset(x.dv, 0, sizeof(float) * padded * kTile);
+  }
   for (int interval = 0; interval < p.key_runs.intervals(); ++interval)
     for (int64_t lo = run[2 + 2 * interval], hi = run[3 + 2 * interval]; lo < hi; lo += kBlock) {
       const int n = int(hi - lo < kBlock ? hi - lo : kBlock);
       for (int g = 0; g < group; ++g) {
         const int head = kv_head * group + g;
-        const int64_t at_row = head * z.q_rows + lo;
-        const float *q = row_of(p.q, lo, head), *dout = row_of(p.dout, lo, head);
+        const int64_t statistic = head * z.q_rows + lo;
+        const Block q = together(row_of(p.q, lo, head), p.q.row, n, dim, copy);
+        const Block dout = together(row_of(p.dout, lo, head), p.dout.row, n, dim, copy + kBlock * padded);
         float* to = dq.data + (g * dq.rows + lo - dq.first) * dq.width;
-        multiply<A::rows, C::set>({dim, q, p.q.row, keys, kTile, scores, kTile, nullptr}, n, columns);
-        multiply<A::rows, C::set>({dim, dout, p.dout.row, values, kTile, dp, kTile, nullptr}, n, columns);
-        gradients(scores, dp, n, columns * W, p.lse + at_row, delta + at_row, z.scale);
-        multiply<A::columns, C::add>({n, dout, p.dout.row, scores, kTile, dv, kTile, nullptr}, dim, columns);
-        multiply<A::columns, C::add>({n, q, p.q.row, dp, kTile, dk, kTile, nullptr}, dim, columns);
-        multiply<A::rows, C::add>({count, dp, kTile, rows, padded, to, dq.width, nullptr}, n, padded / W);
+        for (int row = 0; row < count; row += kTile) {
+          const Keys x = keys(row);
+          multiply<A::rows, C::set>({dim, q.data, q.stride, x.keys, kTile, scores, kTile, nullptr}, n, x.columns);
+          multiply<A::rows, C::set>({dim, dout.data, dout.stride, x.values, kTile, dp, kTile, nullptr}, n, x.columns);
+          gradients(scores, dp, n, x.columns * W, p.lse + statistic, delta + statistic, z.scale);
+          multiply<A::columns, C::add>({n, dout.data, dout.stride, scores, kTile, x.dv, kTile, nullptr}, dim, x.columns);
+          multiply<A::columns, C::add>({n, q.data, q.stride, dp, kTile, x.dk, kTile, nullptr}, dim, x.columns);
+          multiply<A::rows, C::add>({x.count, dp, kTile, x.rows, padded, to, dq.width, nullptr}, n, padded / W);
+        }
       }
     }
-  from_lanes(dk, nullptr, p.dk, first, count, kv_head, dim);
-  from_lanes(dv, nullptr, p.dv, first, count, kv_head, dim);
+  for (int row = 0; row < count; row += kTile) {
+    const Keys x = keys(row);
+    from_lanes(x.dk, nullptr, p.dk, first + row, x.count, kv_head, dim);
+    from_lanes(x.dv, nullptr, p.dv, first + row, x.count, kv_head, dim);
+  }
 }
 
 }  // namespace
 
 #if defined(__AVX512F__)
-const TileKernels kAvx512Tile{"avx512", W, scratch_floats, forward, backward, delta};
+const TileKernels kAvx512Tile{"avx512", W, forward_floats, backward_floats, forward, backward, delta};
 #elif defined(__AVX2__)
-const TileKernels kAvx2Tile{"avx2", W, scratch_floats, forward, backward, delta};
+const TileKernels kAvx2Tile{"avx2", W, forward_floats, backward_floats, forward, backward, delta};
 #else
-const TileKernels kPortableTile{"portable", W, scratch_floats, forward, backward, delta};
+const TileKernels kPortableTile{"portable", W, forward_floats, backward_floats, forward, backward, delta};
 #endif
 
 }  // namespace lct

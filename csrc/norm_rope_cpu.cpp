@@ -1,9 +1,8 @@
 // The bodies of norm_rope.h on the CPU: blocks in turn, the teams of a block in turn, a team's lanes in turn.
 #include <algorithm>
-#include <thread>
-#include <vector>
 
 #include "norm_rope.h"
+#include "threads.h"
 
 namespace lct {
 namespace {
@@ -16,15 +15,11 @@ void each_block(const Sizes& sizes, int threads, Body body) {
   const int64_t blocks = blocks_of(sizes) * sizes.chunks;
   const int64_t elements = (sizes.rows[0] + sizes.rows[1]) * (sizes.heads + 2 * sizes.kv_heads) * sizes.dim;
   const int64_t parts = std::clamp<int64_t>(std::min(elements / kThreadElements, blocks), 1, std::max(threads, 1));
-  const auto run = [&](int64_t part) {
+  parallel(parts, threads, [&](int64_t part) {
     for (int64_t i = blocks * part / parts; i < blocks * (part + 1) / parts; ++i)
       for (int team = 0; team < teams_of(sizes); ++team)
         body(HostTeam(sizes.lanes, sizes.dim / kChannels, team), i / sizes.chunks, int(i % sizes.chunks));
-  };
-  std::vector<std::thread> others;
-  for (int64_t part = 1; part < parts; ++part) others.emplace_back(run, part);
-  run(0);
-  for (std::thread& other : others) other.join();
+  });
 }
 
 }  // namespace

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu pretrained lint clean
+.PHONY: demo test sanitize gpu pretrained lint clean
 
 .venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,10 @@ demo: .venv/ready
 
 test: .venv/ready-to-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# csrc/ on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: .venv/ready-to-test
+	tests/sanitize.sh $(BIN)/python
 
 gpu:
 	$(PYTHON) bench/gpu.py

@@ -1,7 +1,8 @@
 """Builds csrc/ into lct/_native.so, and writes down in lct/_native.json what was built, with what, and what was not.
 
 A missing compiler, CUDA or apache-tvm-ffi never stops an installation: it warns, and `lct doctor` says what is missing.
-CUDA is compiled where a GPU is visible; LCT_CUDA=1 asks for it, LCT_CUDA=0 forbids it.
+CUDA is compiled where a GPU is visible; LCT_CUDA=1 asks for it, LCT_CUDA=0 forbids it. LCT_SANITIZE=1 builds for
+tests/sanitize.sh.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ CONTRACTED = "-ffp-contract=fast"  # a product and a sum are one operation where
 # Sources that are compiled once for each instruction set, with its options; the fastest is chosen when they run.
 X86_SETS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
 BY_SET = ("csrc/attention_tile.cpp",)
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
 class LeftOut(Exception):
@@ -108,6 +110,8 @@ def build(folder: Path, scratch: Path) -> dict:
     sets = X86_SETS if on_x86 else {"portable": []}
     options += [*OPTIMISED, CONTRACTED, "-Wall", "-fPIC", "-fvisibility=hidden", "-pthread"]
     options += ["-DLCT_X86"] if on_x86 else []
+    sanitizers = SANITIZED if os.environ.get("LCT_SANITIZE") == "1" else []
+    options += sanitizers
     sources = [(name, "", []) for name in SOURCES if name.endswith(".cpp") and name not in BY_SET]
     sources += [(name, f".{isa}", machine) for name in BY_SET for isa, machine in sets.items()]
 
@@ -120,7 +124,7 @@ def build(folder: Path, scratch: Path) -> dict:
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = list(pool.map(compile_source, sources))
-        run(cxx, "-shared", "-pthread", *compiled, *objects, tvm_ffi_library, "-ldl", "-o", str(library))
+        run(cxx, "-shared", "-pthread", *sanitizers, *compiled, *objects, tvm_ffi_library, "-ldl", "-o", str(library))
     except LeftOut as why:
         record["left_out"] = {"cpu": str(why), "cuda": str(why), **record["left_out"]}
         return record

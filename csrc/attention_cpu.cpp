@@ -151,9 +151,9 @@ const char* attention_isas() {
   return names.c_str();
 }
 
-const char* attention_forward_cpu(const AttentionForward& p, const char* isa, int threads) {
+bool attention_forward_cpu(const AttentionForward& p, const char* isa, int threads) {
   const TileKernels* kernels = chosen(isa);
-  if (!kernels) return "isa: this processor, or this build, has it not";
+  if (!kernels) return false;
   const AttentionSizes& z = p.sizes;
   const std::vector<Tile> tiles = tiles_of(p.runs, rows_of_task(z, threads));
   each_gap(tiles, z.q_rows, [&](int64_t begin, int64_t end) {
@@ -166,12 +166,12 @@ const char* attention_forward_cpu(const AttentionForward& p, const char* isa, in
     const Tile& tile = tiles[task % count];
     kernels->forward(p, tile.run, tile.first, tile.count, int(task / count), scratch(kernels->forward_floats(z.dim)));
   });
-  return nullptr;
+  return true;
 }
 
-const char* attention_backward_cpu(const AttentionBackward& p, const char* isa, int threads) {
+bool attention_backward_cpu(const AttentionBackward& p, const char* isa, int threads) {
   const TileKernels* kernels = chosen(isa);
-  if (!kernels) return "isa: this processor, or this build, has it not";
+  if (!kernels) return false;
   const AttentionSizes& z = p.sizes;
   const int group = z.heads / z.kv_heads, width = (z.dim + kernels->lanes - 1) / kernels->lanes * kernels->lanes;
   const std::vector<Tile> tiles = tiles_of(p.runs, kTile), key_tiles = tiles_of(p.key_runs, kBackwardTiles * kTile);
@@ -213,7 +213,7 @@ const char* attention_backward_cpu(const AttentionBackward& p, const char* isa, 
       }
     }
   });
-  return nullptr;
+  return true;
 }
 
 }  // namespace lct

@@ -74,9 +74,9 @@ extern const TileKernels kPortableTile;
 extern const TileKernels kAvx2Tile, kAvx512Tile;
 #endif
 
-// `isa`: a name of `attention_isas`, or empty for the fastest. Null, or what is wrong.
-const char* attention_forward_cpu(const AttentionForward& p, const char* isa, int threads);
-const char* attention_backward_cpu(const AttentionBackward& p, const char* isa, int threads);
+// `isa`: a name of `attention_isas`, or empty for the fastest; false where it is neither.
+bool attention_forward_cpu(const AttentionForward& p, const char* isa, int threads);
+bool attention_backward_cpu(const AttentionBackward& p, const char* isa, int threads);
 // Those that this processor runs, fastest first, separated by spaces.
 const char* attention_isas();
 

@@ -24,7 +24,7 @@ constexpr int W = 4, kVectors = 2;
 constexpr int kRows = 6;  // rows of a block of the product: 6 · kVectors sums stay in registers
 
 typedef float V __attribute__((vector_size(4 * W), aligned(4 * W), may_alias));
-typedef int32_t I __attribute__((vector_size(4 * W), aligned(4 * W), may_alias));
+typedef uint32_t U __attribute__((vector_size(4 * W), aligned(4 * W), may_alias));
 typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 inline V& at(float* x) { return *reinterpret_cast<V*>(x); }
@@ -51,7 +51,7 @@ inline V exponential(V x) {
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.f;
-  const I power = reinterpret_cast<const I&>(p) + (reinterpret_cast<const I&>(shifted) << 23);
+  const U power = reinterpret_cast<const U&>(p) + (reinterpret_cast<const U&>(shifted) << 23);
   return t < -126.f ? V{} : reinterpret_cast<const V&>(power);
 }
 

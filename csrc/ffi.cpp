@@ -282,12 +282,14 @@ int64_t partial_rows(TensorView text_qkv, TensorView video_qkv, int64_t heads, b
 RunTable table_of(const char* name, TensorView x, int64_t rows, int64_t seen_rows) {
   const RunTable table{dense<int32_t>(name, x, kInt, {kDLCPU, 0}, {kAny, kAny}), int(x.size(0)), int(x.size(1))};
   if (table.width < 4 || table.width % 2) refuse(name, "rows of (start, end, lo, hi, …)", x);
-  for (int i = 0; i < table.runs; ++i) {
-    const int32_t* run = table[i];
-    bool fits = run[0] >= 0 && run[0] <= run[1] && run[1] <= rows;
-    for (int j = 2; j < table.width; j += 2) fits = fits && run[j] >= 0 && run[j] <= run[j + 1] && run[j + 1] <= seen_rows;
-    if (!fits) TVM_FFI_THROW(ValueError) << name << ": run " << i << " leaves its " << rows << " or " << seen_rows << " rows";
-  }
+  for (int i = 0; i < table.runs; ++i)
+    for (int j = 0; j < table.width; j += 2) {
+      const int32_t begin = table[i][j], end = table[i][j + 1];
+      const int64_t limit = j ? seen_rows : rows;
+      if (begin < 0 || begin > end || end > limit)
+        TVM_FFI_THROW(ValueError) << name << ": expected intervals of " << limit << " rows, got [" << begin << ", " << end
+                                  << ") in run " << i;
+    }
   return table;
 }
 
@@ -297,6 +299,10 @@ AttentionSizes attention_sizes(TensorView q, TensorView k, double scale) {
   if (q.size(2) < 1 || q.size(2) > kMaxDim) refuse("q", "a head_dim of 1 to " + std::to_string(kMaxDim), q);
   if (!k.size(1) || q.size(1) % k.size(1)) refuse("k", "heads that divide " + std::to_string(q.size(1)), k);
   return {q.size(0), k.size(0), int(q.size(1)), int(k.size(1)), int(q.size(2)), float(scale)};
+}
+
+void refuse_isa(const tvm::ffi::String& isa) {
+  TVM_FFI_THROW(ValueError) << "isa: expected one of " << attention_isas() << ", or nothing, got " << isa;
 }
 
 void attention_forward(TensorView q, TensorView k, TensorView v, TensorView table, TensorView out, TensorView lse,
@@ -310,7 +316,7 @@ void attention_forward(TensorView q, TensorView k, TensorView v, TensorView tabl
                            rows_of("v", v, at, z.k_rows, z.kv_heads, z.dim),
                            rows_of("out", out, at, z.q_rows, z.heads, z.dim),
                            dense<float>("lse", lse, kFloat, at.device, {z.heads, z.q_rows})};
-  if (const char* error = attention_forward_cpu(p, isa.c_str(), int(threads))) TVM_FFI_THROW(ValueError) << error;
+  if (!attention_forward_cpu(p, isa.c_str(), int(threads))) refuse_isa(isa);
 }
 
 void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out,
@@ -333,7 +339,7 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
                             of_keys("dv", dv),
                             dense<float>("lse", lse, kFloat, at.device, {z.heads, z.q_rows}),
                             dense<float>("dlse", dlse, kFloat, at.device, {z.heads, z.q_rows})};
-  if (const char* error = attention_backward_cpu(p, isa.c_str(), int(threads))) TVM_FFI_THROW(ValueError) << error;
+  if (!attention_backward_cpu(p, isa.c_str(), int(threads))) refuse_isa(isa);
 }
 
 tvm::ffi::String attention_names() { return attention_isas(); }

@@ -21,10 +21,12 @@ constexpr int W = 8, kVectors = 2;
 #else
 constexpr int W = 4, kVectors = 2;
 #endif
-constexpr int kRows = 6;  // rows of a block of the product: 6 · kVectors sums stay in registers
+constexpr int kRows = 6;    // rows of a block of the product: 6 · kVectors sums stay in registers
+constexpr int kChain = 32;  // terms of a gradient that are added up one after the other
 
 typedef float V __attribute__((vector_size(4 * W), aligned(4 * W), may_alias));
 typedef uint32_t U __attribute__((vector_size(4 * W), aligned(4 * W), may_alias));
+typedef double Wide __attribute__((vector_size(8 * W)));
 typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 inline V& at(float* x) { return *reinterpret_cast<V*>(x); }
@@ -40,19 +42,20 @@ const float* row_of(const Rows& x, int64_t row, int head) {
 }
 float* row_of_mutable(const Rows& x, int64_t row, int head) { return const_cast<float*>(row_of(x, row, head)); }
 
-// e^x for x ≤ about 88; 0 below −87, NaN of NaN. A polynomial for 2^f, f in [−½, ½], relative error 2e−7.
+// e^x for x ≤ about 88, to an ulp or so; 0 below −87, NaN of NaN. x = n ln 2 + f, ln 2 in two parts, the first of which
+// has so few bits that its product with n is exact; then Cephes' polynomial.
 inline V exponential(V x) {
-  const V t = x * 1.44269504f, shifted = t + 12582912.f;  // the nearest integer, in the low bits
-  const V f = t - (shifted - 12582912.f);
-  V p = splat(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.f;
+  const V shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;  // n stands in the low bits of the first
+  const V f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = splat(1.9875691500e-4f);
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + f + 1.f;
   const U power = reinterpret_cast<const U&>(p) + (reinterpret_cast<const U&>(shifted) << 23);
-  return t < -126.f ? V{} : reinterpret_cast<const V&>(power);
+  return x < -87.f ? V{} : reinterpret_cast<const V&>(power);
 }
 
 // -- products ----------------------------------------------------------------------------------------------------------
@@ -73,16 +76,17 @@ struct Product {
   const float* factor;  // of every lane
 };
 
+// The sums over p.k[begin, end), and what becomes of C by them.
 template <int R, int N, A form, C update>
-inline void block(const Product& p, int row, int lane) {
+inline void block(const Product& p, int row, int lane, int begin, int end) {
   V sum[R][N];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) sum[i][j] = V{};
-  const float* a = p.a + (form == A::rows ? row * p.a_stride : row);
-  const float* b = p.b + lane;
-  for (int k = 0; k < p.k; ++k) {
+  const float* a = p.a + (form == A::rows ? row * p.a_stride + begin : begin * p.a_stride + row);
+  const float* b = p.b + begin * p.b_stride + lane;
+  for (int k = begin; k < end; ++k) {
     V right[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) right[j] = at(b + j * W);
@@ -105,6 +109,14 @@ inline void block(const Product& p, int row, int lane) {
       if (update == C::add) to += sum[i][j];
       if (update == C::scale) to = to * at(p.factor + lane + j * W) + sum[i][j];
     }
+}
+
+// Gradients are sums of many terms of one size: short chains of them keep what is rounded away small.
+template <int R, int N, A form, C update>
+inline void block(const Product& p, int row, int lane) {
+  if (update != C::add) return block<R, N, form, update>(p, row, lane, 0, p.k);
+  for (int k = 0; k < p.k; k += kChain)
+    block<R, N, form, update>(p, row, lane, k, k + kChain < p.k ? k + kChain : p.k);
 }
 
 // Rows in blocks as even as can be: a last one of few rows would wait for its own sums.
@@ -294,17 +306,17 @@ void forward(const AttentionForward& p, const int32_t* run, int64_t first, int c
 
 // -- backward ----------------------------------------------------------------------------------------------------------
 
+// In double: where one weight is near 1, dP − δ is all that is left of two large numbers.
 void delta(const AttentionBackward& p, int64_t first, int count, int head, float* delta) {
-  const int dim = p.sizes.dim;
   for (int i = 0; i < count; ++i) {
     const float *a = row_of(p.dout, first + i, head), *b = row_of(p.out, first + i, head);
-    V lanes{};
-    int d = 0;
-    for (; d + W <= dim; d += W) lanes += load(a + d) * load(b + d);
-    float sum = -p.dlse[head * p.sizes.q_rows + first + i];
+    Wide lanes{};
+    for (int d = 0; d < p.sizes.dim; d += W)
+      lanes += __builtin_convertvector(channels_of(a, d, p.sizes.dim), Wide) *
+               __builtin_convertvector(channels_of(b, d, p.sizes.dim), Wide);
+    double sum = -p.dlse[head * p.sizes.q_rows + first + i];
     for (int j = 0; j < W; ++j) sum += lanes[j];
-    for (; d < dim; ++d) sum += a[d] * b[d];
-    delta[i] = sum;
+    delta[i] = float(sum);
   }
 }
 

@@ -17,11 +17,12 @@ from tensors import (
     build,
     dtype_id,
     same_bytes,
+    skip_unless_able,
 )
 from test_failure_cases import nan_pages  # noqa: F401
 from test_norm_rope import truth
 
-from lct.kernels import KVRows, NormRope, attention, norm_rope_append_, norm_rope_join, reference
+from lct.kernels import KVRows, NormRope, attention, norm_rope_append_, norm_rope_join, reference, select
 from lct.layout import Shot
 from lct.plan import Plan, Run
 
@@ -34,8 +35,9 @@ def join(inputs, geometry, spec=SPEC, positions=None):
     return norm_rope_join(*inputs, geometry.streams, geometry.positions if positions is None else positions, spec)
 
 
-def append(inputs, geometry, caches, spec=SPEC):
-    return norm_rope_append_(*inputs, geometry.streams, geometry.positions, spec, KVRows(*caches, geometry.slots))
+def append(inputs, geometry, caches, spec=SPEC, impl="auto"):
+    cache = KVRows(*caches, geometry.slots)
+    return norm_rope_append_(*inputs, geometry.streams, geometry.positions, spec, cache, impl=impl)
 
 
 def nan_caches(rows):
@@ -64,13 +66,16 @@ def test_undeclared_mutation():
     assert len(written) == 8 and not any(written.values())
 
 
-def test_undeclared_mutation_leaves_inputs_as_they_were():
+@pytest.mark.parametrize("impl", select.NORM_ROPE)
+def test_undeclared_mutation_leaves_inputs_as_they_were(impl):
+    """And autograd knows that the caches have changed, whoever wrote to them."""
     geometry = build([SCENE]).tail(0, 80)
     inputs = Join.random(geometry, SPEC)
     tensors = [*inputs[:2], *inputs.text_norm, *inputs.video_norm, geometry.positions, geometry.slots]
     before, versions = [x.clone() for x in tensors], [x._version for x in tensors]
     caches = nan_caches(80)
-    append(inputs, geometry, caches)
+    skip_unless_able(select.NORM_ROPE, impl, inputs.video_qkv)
+    append(inputs, geometry, caches, impl=impl)
     assert all(same_bytes(a, b) for a, b in zip(tensors, before, strict=True))
     assert [x._version for x in tensors] == versions
     assert all(cache._version > 0 for cache in caches)

@@ -235,10 +235,15 @@ def test_auto_takes_it_in_fp32_and_torch_elsewhere():
     assert select.choose(select.ATTENTION, "auto", *[torch.zeros(4, 2, 257)] * 3) == "sdpa"
 
 
-def test_elsewhere_than_on_x86_it_asks_to_be_validated(monkeypatch):
-    monkeypatch.setattr(native_attention, "MACHINE", "riscv64")
-    x = torch.zeros(4, 2, 8)
-    assert select.choose(select.ATTENTION, "auto", x, x, x) == "sdpa"
+def test_elsewhere_than_on_x86_the_native_kernels_ask_to_be_validated(monkeypatch):
+    x = torch.zeros(4, 3, 8)
+    assert [
+        select.choose(op, "auto", *given) for op, given in ((select.ATTENTION, (x, x, x)), (select.NORM_ROPE, (x,)))
+    ] == ["cpu", "cpu"]
+    monkeypatch.setattr(native, "X86", False)
+    assert [
+        select.choose(op, "auto", *given) for op, given in ((select.ATTENTION, (x, x, x)), (select.NORM_ROPE, (x,)))
+    ] == ["sdpa", "reference"]
 
 
 def good():

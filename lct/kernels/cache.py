@@ -41,13 +41,21 @@ def _append(*arguments):
     cache, pool, (*options, impl) = tuple(rest[:3]), tuple(rest[3:6]), rest[6:]
     streams = given_streams(tensors)
     implementation = select.NORM_ROPE[impl]
-    return implementation.norm_rope_append_(streams, positions, cache, None if pool[0] is None else pool, *options)
+    q = implementation.norm_rope_append_(streams, positions, cache, None if pool[0] is None else pool, *options)
+    _written(*cache[:2], *(x for x in pool[:2] if x is not None))
+    return q
+
+
+def _written(*tensors: Tensor) -> None:
+    """Autograd must know: a kernel that writes through a pointer leaves a tensor's version as it was."""
+    torch.autograd.graph.increment_version(tensors)
 
 
 @torch.library.impl("lct::assemble_", "default")
 def _assemble(k_pool, v_pool, pool_slots, k_cache, v_cache, slots, positions, axes, theta, impl):
     pool, cache = (k_pool, v_pool, pool_slots), (k_cache, v_cache, slots)
     select.NORM_ROPE[impl].assemble_(pool, cache, positions, axes, theta)
+    _written(k_cache, v_cache)
 
 
 @torch.library.register_fake("lct::norm_rope_append_")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 FOLDER = Path(__file__).parents[1]
 AGAIN = "run pip install -e . again"
+X86 = platform.machine() in ("x86_64", "AMD64")  # where the CPU part has been tested
 
 
 def _read(folder: Path) -> dict[str, Any]:

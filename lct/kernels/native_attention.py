@@ -6,14 +6,11 @@ number of threads nor on which thread does what.
 
 from __future__ import annotations
 
-import platform
-
 import torch
 from torch import Tensor
 
 from lct.kernels import native
 
-MACHINE = platform.machine()
 MAX_HEAD_DIM = 256
 ISA = ""  # the fastest that the processor has; the tests name each
 
@@ -32,7 +29,7 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 def validated(device: torch.device, dtype: torch.dtype) -> bool:
     """On x86, where each of its instruction sets has passed every test."""
-    return device.type == "cpu" and MACHINE in ("x86_64", "AMD64")
+    return device.type == "cpu" and native.X86
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:

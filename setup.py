@@ -108,12 +108,12 @@ def build(folder: Path, scratch: Path) -> dict:
         record["left_out"]["cuda"] = str(why)
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     sets = X86_SETS if on_x86 else {"portable": []}
-    options += [*OPTIMISED, CONTRACTED, "-Wall", "-fPIC", "-fvisibility=hidden", "-pthread"]
+    options += [*OPTIMISED, "-Wall", "-fPIC", "-fvisibility=hidden", "-pthread"]
     options += ["-DLCT_X86"] if on_x86 else []
     sanitizers = SANITIZED if os.environ.get("LCT_SANITIZE") == "1" else []
     options += sanitizers
     sources = [(name, "", []) for name in SOURCES if name.endswith(".cpp") and name not in BY_SET]
-    sources += [(name, f".{isa}", machine) for name in BY_SET for isa, machine in sets.items()]
+    sources += [(name, f".{isa}", [*machine, CONTRACTED]) for name in BY_SET for isa, machine in sets.items()]
 
     def compile_source(source: tuple[str, str, list[str]]) -> str:
         name, isa, machine = source

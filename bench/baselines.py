@@ -51,6 +51,8 @@ def attention_peers(layout: SceneLayout, device: torch.device, flex: bool = True
         peers |= {
             f"dense without a mask, {name}": Peer(under(b, unmasked), exact=False) for name, b in backends.items()
         }
+        causal = Peer(under(SDPBackend.CUDNN_ATTENTION, partial(sdpa, is_causal=True)), exact=False)
+        peers["causal, cuDNN"] = causal
         peers |= {"FA2 in torch, seqused_k": Peer(seqused(layout, device), backward=False)}
     else:
         peers["dense without a mask"] = Peer(unmasked, exact=False)

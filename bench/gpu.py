@@ -120,7 +120,8 @@ def main(out: Path, minutes: float, full: bool = False, only: Sequence[str] = ()
         results.append(run(step, out, until - time.monotonic()))
         print(f"{step.name}: {results[-1]['state']} after {results[-1]['seconds']:.0f} s", flush=True)
     record |= {"steps": results}
-    (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if not only:
+        (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(record["device"])
     for r in results:
         print(f"{r['step']:<9} {r['seconds']:4.0f} s  {r['state']:<10} {r['figure']}")

@@ -76,7 +76,7 @@ def cudnn(layout: SceneLayout, q: Tensor, k: Tensor, v: Tensor) -> Attend:
     from cudnn import create_mask_plan, flex_attn_func
 
     ends = ends_of(layout, q.device).int().view(1, 1, -1)
-    plan = create_mask_plan(ends, q[None], k[None], v[None], build_backward=q.requires_grad)
+    plan = create_mask_plan(ends, q[None], k[None], v[None], build_backward=True)
     return lambda q, k, v: first(flex_attn_func(q[None], k[None], v[None], mask_plan=plan))[0]
 
 
@@ -120,7 +120,7 @@ def flashinfer(layout: SceneLayout, q: Tensor, k: Tensor, v: Tensor) -> Attend:
 
 
 PACKAGES = (
-    Package("FA2 package, seqused_k", "flash_attn", fa2, backward=False),
+    Package("FA2 package, seqused_k", "flash_attn.flash_attn_interface", fa2, backward=False),
     Package("FA3 (fa3-fwd), seqused_k", "fa3_fwd_interface", fa3, backward=False),
     Package("FA4, block-sparse", "flash_attn.cute", fa4, backward=True),
     Package("cuDNN flex attention", "cudnn", cudnn, backward=True),
@@ -157,7 +157,7 @@ def left_out(device: torch.device) -> dict[str, str]:
     if device.type != "cuda":
         names = [
             "FA2 in torch, seqused_k",
-            "SDPA under cuDNN or FA2",
+            "SDPA under cuDNN, FA2 or efficient",
             *(p.name for p in PACKAGES),
         ]
         return dict.fromkeys(names, "needs a GPU")
@@ -165,4 +165,7 @@ def left_out(device: torch.device) -> dict[str, str]:
 
 
 def importable(module: str) -> bool:
-    return all(util.find_spec(".".join(module.split(".")[: i + 1])) for i in range(module.count(".") + 1))
+    try:
+        return util.find_spec(module) is not None
+    except Exception:  # its parent package is not there, or breaks when it is imported
+        return False

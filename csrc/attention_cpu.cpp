@@ -1,8 +1,10 @@
-// Attention on the CPU: an operation is cut into tiles, longest first, that threads take in turn. What a tile computes
-// depends neither on the thread that takes it nor on how many there are, and all sums have one order.
+// Attention on the CPU: an operation is cut into tiles that threads take in turn, head by head, of each head the longest
+// first. What a tile computes depends neither on the thread that takes it nor on how many there are, nor on what else is
+// packed beside its scene, and all sums have one order.
 #include "attention_cpu.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -16,8 +18,9 @@
 namespace lct {
 namespace {
 
-// Backward: tasks that there are at least, if there are keys enough. Not the number of threads: bits would follow it.
-constexpr int kBackwardTasks = 16;
+// Backward: key rows of a part, and parts of a scene and key head, each of which holds its own gradient of queries. They
+// follow from the scene alone: bits must depend neither on threads nor on neighbours.
+constexpr int kPartRows = 512, kMostParts = 4;
 constexpr int kTasksPerThread = 16;  // so that the last ones to end are short
 
 struct Free {
@@ -68,6 +71,8 @@ struct Tile {
   int count;
 };
 
+bool before(const Tile& a, const Tile& b) { return a.first < b.first; }
+
 int64_t seen(const int32_t* run, int intervals) {
   int64_t rows = 0;
   for (int i = 0; i < intervals; ++i) rows += run[3 + 2 * i] - run[2 + 2 * i];
@@ -94,7 +99,7 @@ int rows_of_task(const AttentionSizes& z, int threads) {
 // Calls body(begin, end) for the rows that no tile has.
 template <class Body>
 void each_gap(std::vector<Tile> tiles, int64_t rows, Body body) {
-  std::sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.first < b.first; });
+  std::sort(tiles.begin(), tiles.end(), before);
   int64_t covered = 0;
   for (const Tile& tile : tiles) {
     if (covered < tile.first) body(covered, tile.first);
@@ -116,29 +121,46 @@ struct Part {
   Buffer data;
 };
 
+struct Range {
+  int64_t lo, hi;
+};
+
+// From the first to the last query that sees some tiles.
+Range reach(const Tile* tiles, int count, int intervals) {
+  Range range{INT64_MAX, 0};
+  for (int i = 0; i < count; ++i)
+    for (int j = 0; j < intervals; ++j)
+      if (const int32_t lo = tiles[i].run[2 + 2 * j], hi = tiles[i].run[3 + 2 * j]; lo < hi)
+        range = {std::min<int64_t>(range.lo, lo), std::max<int64_t>(range.hi, hi)};
+  return range;
+}
+
+// Parts of about equal work, scene by scene: a scene ends where its queries do. Of each, one for every key head.
 std::vector<Part> parts_of(const std::vector<Tile>& tiles, const RunTable& runs, const AttentionSizes& z, int width) {
-  const int wanted = std::min<int>((kBackwardTasks + z.kv_heads - 1) / z.kv_heads, int(tiles.size()));
-  std::vector<int64_t> until(1, 0);  // pairs before a tile
-  for (const Tile& tile : tiles) until.push_back(until.back() + tile.count * seen(tile.run, runs.intervals()));
+  const int count = int(tiles.size()), intervals = runs.intervals();
   std::vector<Part> parts;
-  for (int i = 0, begin = 0; i < wanted; ++i) {
-    const int64_t share = until.back() * (i + 1) / wanted;
-    const int end = i + 1 == wanted ? int(tiles.size())
-                                    : int(std::lower_bound(until.begin(), until.end(), share) - until.begin());
-    if (end <= begin) continue;
-    int64_t lo = z.q_rows, hi = 0;
-    for (int tile = begin; tile < end; ++tile)
-      for (int j = 0; j < runs.intervals(); ++j)
-        if (const int32_t* run = tiles[tile].run; run[2 + 2 * j] < run[3 + 2 * j]) {
-          lo = std::min<int64_t>(lo, run[2 + 2 * j]);
-          hi = std::max<int64_t>(hi, run[3 + 2 * j]);
-        }
-    for (int head = 0; head < z.kv_heads; ++head) parts.push_back({begin, end, {nullptr, lo, hi - lo, width}, nullptr});
-    begin = end;
+  for (int begin = 0, end = 0; begin < count; begin = end) {
+    std::vector<int64_t> pairs{0};  // before each tile of the scene
+    int64_t rows = 0;
+    for (Range scene{INT64_MAX, 0}; end < count; ++end) {
+      const Range tile = reach(&tiles[end], 1, intervals);
+      if (end > begin && (tile.lo >= scene.hi || tile.hi <= scene.lo)) break;
+      scene = {std::min(scene.lo, tile.lo), std::max(scene.hi, tile.hi)};
+      rows += tiles[end].count;
+      pairs.push_back(pairs.back() + tiles[end].count * seen(tiles[end].run, intervals));
+    }
+    const int64_t wanted = std::clamp<int64_t>(rows / kPartRows, 1, kMostParts);
+    for (int64_t i = 1, first = begin; i <= wanted; ++i) {
+      const auto until = std::lower_bound(pairs.begin(), pairs.end(), pairs.back() * i / wanted);
+      const int last = begin + int(until - pairs.begin());
+      const Range seen_by = reach(&tiles[first], int(last - first), intervals);
+      for (int head = 0; head < z.kv_heads && first < last; ++head)
+        parts.push_back({int(first), last, {nullptr, seen_by.lo, seen_by.hi - seen_by.lo, width}, nullptr});
+      first = last;
+    }
   }
   return parts;
 }
-
 
 }  // namespace
 
@@ -174,7 +196,9 @@ bool attention_backward_cpu(const AttentionBackward& p, const char* isa, int thr
   if (!kernels) return false;
   const AttentionSizes& z = p.sizes;
   const int group = z.heads / z.kv_heads, width = (z.dim + kernels->lanes - 1) / kernels->lanes * kernels->lanes;
-  const std::vector<Tile> tiles = tiles_of(p.runs, kTile), key_tiles = tiles_of(p.key_runs, kBackwardTiles * kTile);
+  const std::vector<Tile> tiles = tiles_of(p.runs, kTile);
+  std::vector<Tile> key_tiles = tiles_of(p.key_runs, kBackwardTiles * kTile);
+  std::sort(key_tiles.begin(), key_tiles.end(), before);
   each_gap(key_tiles, z.k_rows, [&](int64_t begin, int64_t end) {
     clear(p.dk, begin, end, z.kv_heads, z.dim);
     clear(p.dv, begin, end, z.kv_heads, z.dim);

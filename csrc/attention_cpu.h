@@ -20,8 +20,9 @@ struct RunTable {
   int runs;
   int width;
 
-  const int32_t* operator[](int run) const { return data + int64_t(run) * width; }
-  int intervals() const { return (width - 2) / 2; }
+  // Always inlined, as everything that the tiles' file calls must be.
+  __attribute__((always_inline)) const int32_t* operator[](int run) const { return data + int64_t(run) * width; }
+  __attribute__((always_inline)) int intervals() const { return (width - 2) / 2; }
 };
 
 struct AttentionSizes {

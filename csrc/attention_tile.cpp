@@ -42,10 +42,10 @@ const float* row_of(const Rows& x, int64_t row, int head) {
 }
 float* row_of_mutable(const Rows& x, int64_t row, int head) { return const_cast<float*>(row_of(x, row, head)); }
 
-// e^x for x ≤ about 88, to an ulp or so; 0 below −87, NaN of NaN. x = n ln 2 + f, ln 2 in two parts, the first of which
-// has so few bits that its product with n is exact; then Cephes' polynomial.
+// e^x for x ≤ 0, to an ulp or so; 0 below −87, NaN of NaN. x = n ln 2 + f, ln 2 in two parts, the first of which has so
+// few bits that its product with n is exact; then Cephes' polynomial, times 2^n, whose exponent is in the low bits.
 inline V exponential(V x) {
-  const V shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;  // n stands in the low bits of the first
+  const V shifted = x * 1.44269504f + 12583039.f, n = shifted - 12583039.f;  // 1.5 · 2^23 + 127
   const V f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   V p = splat(1.9875691500e-4f);
   p = p * f + 1.3981999507e-3f;
@@ -54,15 +54,15 @@ inline V exponential(V x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.f;
-  const U power = reinterpret_cast<const U&>(p) + (reinterpret_cast<const U&>(shifted) << 23);
-  return x < -87.f ? V{} : reinterpret_cast<const V&>(power);
+  const U power = reinterpret_cast<const U&>(shifted) << 23;
+  return x < -87.f ? V{} : p * reinterpret_cast<const V&>(power);
 }
 
 // -- products ----------------------------------------------------------------------------------------------------------
 
 // Where A(i, k) lies: at a[i · stride + k], or at a[i + k · stride].
 enum class A { rows, columns };
-// What becomes of C: the sum, C plus the sum, or C times a factor of each lane plus the sum.
+// What becomes of C: the scaled sum, C plus the sum, or C times a factor of each lane plus the sum.
 enum class C { set, add, scale };
 
 struct Product {
@@ -74,6 +74,7 @@ struct Product {
   float* c;  // [rows][lanes], aligned
   int64_t c_stride;
   const float* factor;  // of every lane
+  float scale;          // of sums that are set
 };
 
 // The sums over p.k[begin, end), and what becomes of C by them.
@@ -105,7 +106,7 @@ inline void block(const Product& p, int row, int lane, int begin, int end) {
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       V& to = at(c + j * W);
-      if (update == C::set) to = sum[i][j];
+      if (update == C::set) to = sum[i][j] * p.scale;
       if (update == C::add) to += sum[i][j];
       if (update == C::scale) to = to * at(p.factor + lane + j * W) + sum[i][j];
     }
@@ -147,6 +148,7 @@ void multiply(const Product& p, int rows, int vectors) {
 
 // -- rows into lanes and back ------------------------------------------------------------------------------------------
 
+#if defined(__clang__) || __GNUC__ >= 12
 template <int S, int... J>
 inline V low(V a, V b, std::integer_sequence<int, J...>) {
   return __builtin_shufflevector(a, b, ((J & S) ? W + J - S : J)...);
@@ -155,6 +157,16 @@ template <int S, int... J>
 inline V high(V a, V b, std::integer_sequence<int, J...>) {
   return __builtin_shufflevector(a, b, ((J & S) ? W + J : J + S)...);
 }
+#else  // GCC before 12 has it by another name
+template <int S, int... J>
+inline V low(V a, V b, std::integer_sequence<int, J...>) {
+  return __builtin_shuffle(a, b, U{((J & S) ? W + J - S : J)...});
+}
+template <int S, int... J>
+inline V high(V a, V b, std::integer_sequence<int, J...>) {
+  return __builtin_shuffle(a, b, U{((J & S) ? W + J : J + S)...});
+}
+#endif
 
 template <int S>
 inline void exchange(V (&x)[W]) {
@@ -184,12 +196,12 @@ inline V channels_of(const float* row, int channel, int dim) {
 }
 
 // Rows [count, D] into lanes [D padded, kTile]; lanes without a row are 0 up to the end of their vector.
-void into_lanes(const Rows& x, int64_t first, int count, int head, int dim, float scale, float* lanes) {
+void into_lanes(const Rows& x, int64_t first, int count, int head, int dim, float* lanes) {
   for (int row = 0; row < count; row += W)
     for (int channel = 0; channel < dim; channel += W) {
       V square[W];
       for (int i = 0; i < W; ++i)
-        square[i] = row + i < count ? channels_of(row_of(x, first + row + i, head), channel, dim) * scale : V{};
+        square[i] = row + i < count ? channels_of(row_of(x, first + row + i, head), channel, dim) : V{};
       transpose(square);
       for (int i = 0; i < W; ++i) at(lanes + (channel + i) * kTile + row) = square[i];
     }
@@ -278,7 +290,7 @@ void forward(const AttentionForward& p, const int32_t* run, int64_t first, int c
   };
   for (int row = 0; row < count; row += kTile) {
     const Queries x = queries(row);
-    into_lanes(p.q, first + row, x.count, head, dim, p.sizes.scale, x.lanes);
+    into_lanes(p.q, first + row, x.count, head, dim, x.lanes);
     std::memset(x.out, 0, sizeof(float) * padded * kTile);
     for (int i = 0; i < kTile; ++i) x.peak[i] = -INFINITY, x.total[i] = 0;
   }
@@ -289,16 +301,16 @@ void forward(const AttentionForward& p, const int32_t* run, int64_t first, int c
       const Block values = together(row_of(p.v, lo, kv_head), p.v.row, n, dim, copy);
       for (int row = 0; row < count; row += kTile) {
         const Queries x = queries(row);
-        multiply<A::rows, C::set>({dim, keys, p.k.row, x.lanes, kTile, scores, kTile, nullptr}, n, x.columns);
+        multiply<A::rows, C::set>({dim, keys, p.k.row, x.lanes, kTile, scores, kTile, nullptr, p.sizes.scale}, n, x.columns);
         softmax(scores, n, x.columns * W, x.peak, x.total, x.kept);
-        multiply<A::columns, C::scale>({n, values.data, values.stride, scores, kTile, x.out, kTile, x.kept}, dim,
+        multiply<A::columns, C::scale>({n, values.data, values.stride, scores, kTile, x.out, kTile, x.kept, 1.f}, dim,
                                        x.columns);
       }
     }
   for (int row = 0; row < count; row += kTile) {
     const Queries x = queries(row);
     float* lse = p.lse + head * p.sizes.q_rows + first + row;
-    for (int i = 0; i < x.count; ++i) lse[i] = x.peak[i] + std::log(x.total[i]);
+    for (int i = 0; i < x.count; ++i) lse[i] = x.peak[i] + __builtin_logf(x.total[i]);
     for (int i = 0; i < x.columns * W; i += W) at(x.total + i) = 1.f / at(x.total + i);
     from_lanes(x.out, x.total, p.out, first + row, x.count, head, dim);
   }
@@ -360,8 +372,8 @@ void backward(const AttentionBackward& p, const float* delta, const int32_t* run
   };
   for (int row = 0; row < count; row += kTile) {
     const Keys x = keys(row);
-    into_lanes(p.k, first + row, x.count, kv_head, dim, z.scale, x.keys);
-    into_lanes(p.v, first + row, x.count, kv_head, dim, 1.f, x.values);
+    into_lanes(p.k, first + row, x.count, kv_head, dim, x.keys);
+    into_lanes(p.v, first + row, x.count, kv_head, dim, x.values);
     for (int i = 0; i < x.count; ++i)
       for (int c = 0; c < dim; c += W)
         at(x.rows + i * padded + c) = channels_of(row_of(p.k, first + row + i, kv_head), c, dim);
@@ -379,12 +391,12 @@ void backward(const AttentionBackward& p, const float* delta, const int32_t* run
         float* to = dq.data + (g * dq.rows + lo - dq.first) * dq.width;
         for (int row = 0; row < count; row += kTile) {
           const Keys x = keys(row);
-          multiply<A::rows, C::set>({dim, q.data, q.stride, x.keys, kTile, scores, kTile, nullptr}, n, x.columns);
-          multiply<A::rows, C::set>({dim, dout.data, dout.stride, x.values, kTile, dp, kTile, nullptr}, n, x.columns);
+          multiply<A::rows, C::set>({dim, q.data, q.stride, x.keys, kTile, scores, kTile, nullptr, z.scale}, n, x.columns);
+          multiply<A::rows, C::set>({dim, dout.data, dout.stride, x.values, kTile, dp, kTile, nullptr, 1.f}, n, x.columns);
           gradients(scores, dp, n, x.columns * W, p.lse + statistic, delta + statistic, z.scale);
-          multiply<A::columns, C::add>({n, dout.data, dout.stride, scores, kTile, x.dv, kTile, nullptr}, dim, x.columns);
-          multiply<A::columns, C::add>({n, q.data, q.stride, dp, kTile, x.dk, kTile, nullptr}, dim, x.columns);
-          multiply<A::rows, C::add>({x.count, dp, kTile, x.rows, padded, to, dq.width, nullptr}, n, padded / W);
+          multiply<A::columns, C::add>({n, dout.data, dout.stride, scores, kTile, x.dv, kTile, nullptr, 1.f}, dim, x.columns);
+          multiply<A::columns, C::add>({n, q.data, q.stride, dp, kTile, x.dk, kTile, nullptr, 1.f}, dim, x.columns);
+          multiply<A::rows, C::add>({x.count, dp, kTile, x.rows, padded, to, dq.width, nullptr, 1.f}, n, padded / W);
         }
       }
     }

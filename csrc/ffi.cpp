@@ -91,7 +91,7 @@ Rows rows_of(const char* name, TensorView x, const Where& at, int64_t rows, int6
   check(name, x, at.name, host ? x.device() : at.device, {rows, heads, dim});
   void* data = static_cast<char*>(x.data_ptr()) + x.byte_offset();
   if (!x.numel()) return {data, 0, 0};
-  if (x.stride(2) != 1) refuse(name, "contiguous channels", x);
+  if (dim > 1 && x.stride(2) != 1) refuse(name, "contiguous channels", x);
   if (!on_cpu(at.device)) {
     bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
     for (int i = 0; i < 2; ++i) aligned = aligned && (x.size(i) == 1 || x.stride(i) * (at.name.bits / 8) % 16 == 0);

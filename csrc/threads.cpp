@@ -5,6 +5,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -45,7 +46,11 @@ void parallel(int64_t tasks, int threads, const std::function<void(int64_t)>& bo
     team(work, &job, unsigned(threads), 0);  // all of them: another number would end threads and make them anew
   } else {
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads && i < tasks; ++i) others.emplace_back(work, &job);
+    others.reserve(threads);
+    try {
+      for (int64_t i = 1; i < threads && i < tasks; ++i) others.emplace_back(work, &job);
+    } catch (const std::system_error&) {
+    }  // the system gives no more: those that there are do it
     job.work();
     for (std::thread& other : others) other.join();
   }

@@ -26,4 +26,6 @@ then echo "sanitize: an overrun was planted and not found" >&2; exit 1; fi
 grep -q "AddressSanitizer: heap-buffer-overflow" planted.log || { cat planted.log >&2; exit 1; }
 
 LD_PRELOAD=$preload "$python" -m pytest -q -s -p no:cacheprovider -p no:xdist \
-  tests/test_native_attention.py tests/test_native.py -k "not builds and not spills and not beyond"
+  tests/test_native_attention.py tests/test_native.py -k "not builds and not spills and not beyond and not tvm_ffi"
+LD_PRELOAD=$preload "$python" -m pytest -q -s -p no:cacheprovider -p no:xdist \
+  tests/test_attention.py tests/test_failure_cases.py tests/test_norm_rope.py tests/test_cache.py -k "cpu and not compile"

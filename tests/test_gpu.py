@@ -1,6 +1,8 @@
 """What only a CUDA device can show: bf16, real sizes, streams, graphs, repeatability. Skipped elsewhere."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import oracle
@@ -394,6 +396,7 @@ def test_the_sampler_generates_alike(chosen):
 def test_one_varlen_call_over_overlapping_prefixes_has_no_right_gradient():
     """Why FA2's single call is a forward-only peer: what it computes is right, and autograd through it refuses, or,
     worse, returns gradients that are not those of the mask."""
+    sys.path.append(str(Path(__file__).parents[1] / "bench"))
     from baselines import per_shot, seqused
 
     layout = SceneLayout([[Shot(0, (2, 8, 8)), Shot(0, (3, 8, 8)), Shot(0, (1, 8, 8))]])

@@ -93,10 +93,34 @@ def test_scores_of_any_size(isa, size, use):
     """Weights of the largest are one-hot; nothing overflows on the way."""
     use(isa)
     layout = one_shot_of_each(40, 50)
-    q, k, v = (normal(90, 2, 16, seed=i) for i in range(3))
+    q, k, v = (normal(90, 2, 24, seed=i) for i in range(3))
     got = attention(q * size, k, v, layout, impl="cpu")
     true = attention((q * size).double(), k.double(), v.double(), layout, impl="reference")
     compare(got, true, attention(q * size, k, v, layout, impl="reference"))
+
+
+@each_isa
+@pytest.mark.parametrize("size", [30.0, 1e4, 1e12])
+def test_backward_finds_the_weights_of_the_forward(isa, size, use):
+    """Both passes round a score alike: where one key takes all, its weight is 1 again, and dv is dout itself."""
+    use(isa)
+    layout = one_shot_of_each(40)
+    q, k, dout = (normal(40, 2, 24, seed=i) for i in range(3))
+    q[1:], k[:, :], k[7] = 0, -q[:1].sign(), q[0].sign()
+    v = normal(40, 2, 24, seed=3).requires_grad_()
+    attention(q[:40] * size, k, v, layout, scale=24**-0.5, impl="cpu")[0].mul(dout[0]).sum().backward()
+    assert torch.equal(v.grad[7], dout[0]) and not v.grad[:7].any() and not v.grad[8:].any()
+
+
+def test_neighbours_change_no_bit():
+    """Packed with another scene, or alone, in forward and backward, where a scene is long enough to be cut in parts."""
+    long, short = [Shot(0, (1, 1, n)) for n in (700, 513, 900)], [Shot(0, (1, 1, n)) for n in (90, 1300)]
+    alone, packed = SceneLayout([long]).plan(), SceneLayout([short, long]).plan()
+    beside = Inputs.random(packed, dim=16)
+    rows = slice(1390, 1390 + 2113)
+    inputs = Inputs(*(x[rows] for x in beside[:4]), beside.dlse[:, rows].contiguous())
+    for name, a, b in zip("olqkv", inputs.run(alone, impl="cpu"), beside.run(packed, impl="cpu"), strict=True):
+        assert same_bytes(a, b[:, rows] if name == "l" else b[rows])
 
 
 @each_isa
@@ -105,7 +129,8 @@ def test_what_is_not_finite_stays_in_its_row(isa, use):
     layout = one_shot_of_each(30, 70)
     q, k, v = (normal(100, 2, 16, seed=i) for i in range(3))
     expected = attention(q, k, v, layout, impl="cpu")
-    for bad in (torch.nan, torch.inf):
+    payloads = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    for bad in (*payloads, torch.inf):
         spoilt = q.clone()
         spoilt[50, 1] = bad
         got = attention(spoilt, k, v, layout, impl="cpu")
@@ -139,13 +164,15 @@ def test_threads_change_no_bit(isa, use, threads):
         assert all(same_bytes(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_several_callers_at_once():
+def test_several_callers_at_once(threads):
+    threads(2)
     plans = [one_shot_of_each(100 + 37 * i, 60).plan() for i in range(4)]
     inputs = [Inputs.random(plan, seed=i) for i, plan in enumerate(plans)]
     expected = [x.run(plan, impl="cpu") for x, plan in zip(inputs, plans, strict=True)]
     wrong = []
 
     def call(i):
+        torch.set_num_threads(2)  # of this thread
         for _ in range(20):
             got = inputs[i].run(plans[i], impl="cpu")
             if not all(same_bytes(a, b) for a, b in zip(got, expected[i], strict=True)):

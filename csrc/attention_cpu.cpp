@@ -114,9 +114,11 @@ void clear(const Rows& x, int64_t begin, int64_t end, int heads, int dim) {
       std::memset(static_cast<float*>(x.data) + row * x.row + head * x.head, 0, sizeof(float) * dim);
 }
 
-// Key tiles that one task goes through for one key head, and where it adds up its part of dq.
+// Key tiles that one task goes through for one key head, and where it adds up its part of dq: in rows of its own or,
+// where it is all of its scene, in dq itself.
 struct Part {
   int begin, end;
+  bool whole;
   PartialDq dq;
   Buffer data;
 };
@@ -136,29 +138,35 @@ Range reach(const Tile* tiles, int count, int intervals) {
 }
 
 // Parts of about equal work, scene by scene: a scene ends where its queries do. Of each, one for every key head.
-std::vector<Part> parts_of(const std::vector<Tile>& tiles, const RunTable& runs, const AttentionSizes& z, int width) {
+std::vector<Part> parts_of(const std::vector<Tile>& tiles, const RunTable& runs, int kv_heads) {
   const int count = int(tiles.size()), intervals = runs.intervals();
   std::vector<Part> parts;
+  int64_t done = 0;  // query rows of the scenes so far
+  bool apart = true;
   for (int begin = 0, end = 0; begin < count; begin = end) {
     std::vector<int64_t> pairs{0};  // before each tile of the scene
     int64_t rows = 0;
-    for (Range scene{INT64_MAX, 0}; end < count; ++end) {
+    Range scene{INT64_MAX, 0};
+    for (; end < count; ++end) {
       const Range tile = reach(&tiles[end], 1, intervals);
       if (end > begin && (tile.lo >= scene.hi || tile.hi <= scene.lo)) break;
       scene = {std::min(scene.lo, tile.lo), std::max(scene.hi, tile.hi)};
       rows += tiles[end].count;
       pairs.push_back(pairs.back() + tiles[end].count * seen(tiles[end].run, intervals));
     }
+    apart = apart && scene.lo >= done;
+    done = std::max(done, scene.hi);
     const int64_t wanted = std::clamp<int64_t>(rows / kPartRows, 1, kMostParts);
     for (int64_t i = 1, first = begin; i <= wanted; ++i) {
       const auto until = std::lower_bound(pairs.begin(), pairs.end(), pairs.back() * i / wanted);
       const int last = begin + int(until - pairs.begin());
       const Range seen_by = reach(&tiles[first], int(last - first), intervals);
-      for (int head = 0; head < z.kv_heads && first < last; ++head)
-        parts.push_back({int(first), last, {nullptr, seen_by.lo, seen_by.hi - seen_by.lo, width}, nullptr});
+      for (int head = 0; head < kv_heads && first < last; ++head)
+        parts.push_back({int(first), last, wanted == 1, {nullptr, seen_by.lo, seen_by.hi - seen_by.lo, 0, 0}, nullptr});
       first = last;
     }
   }
+  for (Part& part : parts) part.whole = part.whole && apart;
   return parts;
 }
 
@@ -210,31 +218,49 @@ bool attention_backward_cpu(const AttentionBackward& p, const char* isa, int thr
     const int head = int(task / count);
     kernels->delta(p, tile.first, tile.count, head, delta.get() + head * z.q_rows + tile.first);
   });
-  std::vector<Part> parts = parts_of(key_tiles, p.key_runs, z, width);
+  const auto dq_of = [&](int64_t row, int head) {
+    return static_cast<float*>(p.dq.data) + row * p.dq.row + head * p.dq.head;
+  };
+  const bool fits = reinterpret_cast<uintptr_t>(p.dq.data) % 64 == 0 && p.dq.row % 16 == 0 && p.dq.head % 16 == 0;
+  std::vector<Part> parts = parts_of(key_tiles, p.key_runs, z.kv_heads);
   parallel(int64_t(parts.size()), threads, [&](int64_t task) {
     Part& part = parts[task];
-    const int64_t floats = group * part.dq.rows * width;
-    part.data = buffer(floats);
-    part.dq.data = part.data.get();
-    std::memset(part.dq.data, 0, sizeof(float) * floats);
+    PartialDq& dq = part.dq;
+    const int kv_head = int(task % z.kv_heads);
+    part.whole = part.whole && fits && width == z.dim;
+    if (part.whole) {
+      dq.data = dq_of(dq.first, kv_head * group), dq.row = p.dq.row, dq.head = p.dq.head;
+      clear({dq.data, dq.row, dq.head}, 0, dq.rows, group, z.dim);
+    } else {
+      part.data = buffer(group * dq.rows * width);
+      dq.data = part.data.get(), dq.row = width, dq.head = dq.rows * width;
+      std::memset(dq.data, 0, sizeof(float) * group * dq.head);
+    }
     for (int i = part.begin; i < part.end; ++i) {
       const Tile& tile = key_tiles[i];
-      kernels->backward(p, delta.get(), tile.run, tile.first, tile.count, int(task % z.kv_heads), part.dq,
+      kernels->backward(p, delta.get(), tile.run, tile.first, tile.count, kv_head, dq,
                         scratch(kernels->backward_floats(z.dim)));
     }
   });
+  // A query's parts are added in the order of their keys.
   const int64_t chunks = (z.q_rows + kTile - 1) / kTile;
   parallel(chunks * z.heads, threads, [&](int64_t task) {
     const int head = int(task / chunks);
     for (int64_t row = task % chunks * kTile, end = std::min(row + kTile, z.q_rows); row < end; ++row) {
-      float* to = static_cast<float*>(p.dq.data) + row * p.dq.row + head * p.dq.head;
-      std::memset(to, 0, sizeof(float) * z.dim);
+      float* to = dq_of(row, head);
+      bool begun = false;
       for (size_t i = head / group; i < parts.size(); i += z.kv_heads) {
         const PartialDq& dq = parts[i].dq;
         if (row < dq.first || row >= dq.first + dq.rows) continue;
-        const float* from = dq.data + ((head % group) * dq.rows + row - dq.first) * width;
-        for (int d = 0; d < z.dim; ++d) to[d] += from[d];
+        if (parts[i].whole) {
+          begun = true;
+          break;
+        }
+        const float* from = dq.data + (head % group) * dq.head + (row - dq.first) * dq.row;
+        for (int d = 0; d < z.dim; ++d) to[d] = begun ? to[d] + from[d] : from[d];
+        begun = true;
       }
+      if (!begun) std::memset(to, 0, sizeof(float) * z.dim);
     }
   });
   return true;

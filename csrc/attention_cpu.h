@@ -48,11 +48,12 @@ struct AttentionBackward {
   const float* dlse;  // [A, S]
 };
 
-// Where a part of the key rows adds its gradient of queries: [heads of a group, rows, D padded to `width`].
+// Where some key rows add their gradient of the queries that see them, from row `first` on, heads of a group. On a
+// boundary of 64 bytes, its strides too, with room for whole vectors of channels.
 struct PartialDq {
   float* data;
   int64_t first, rows;
-  int width;
+  int64_t row, head;  // strides
 };
 
 // What an instruction set computes. `scratch` begins on a boundary of 64 bytes.

@@ -388,7 +388,7 @@ void backward(const AttentionBackward& p, const float* delta, const int32_t* run
         const int64_t statistic = head * z.q_rows + lo;
         const Block q = together(row_of(p.q, lo, head), p.q.row, n, dim, copy);
         const Block dout = together(row_of(p.dout, lo, head), p.dout.row, n, dim, copy + kBlock * padded);
-        float* to = dq.data + (g * dq.rows + lo - dq.first) * dq.width;
+        float* to = dq.data + g * dq.head + (lo - dq.first) * dq.row;
         for (int row = 0; row < count; row += kTile) {
           const Keys x = keys(row);
           multiply<A::rows, C::set>({dim, q.data, q.stride, x.keys, kTile, scores, kTile, nullptr, z.scale}, n, x.columns);
@@ -396,7 +396,7 @@ void backward(const AttentionBackward& p, const float* delta, const int32_t* run
           gradients(scores, dp, n, x.columns * W, p.lse + statistic, delta + statistic, z.scale);
           multiply<A::columns, C::add>({n, dout.data, dout.stride, scores, kTile, x.dv, kTile, nullptr, 1.f}, dim, x.columns);
           multiply<A::columns, C::add>({n, q.data, q.stride, dp, kTile, x.dk, kTile, nullptr, 1.f}, dim, x.columns);
-          multiply<A::rows, C::add>({x.count, dp, kTile, x.rows, padded, to, dq.width, nullptr, 1.f}, n, padded / W);
+          multiply<A::rows, C::add>({x.count, dp, kTile, x.rows, padded, to, dq.row, nullptr, 1.f}, n, padded / W);
         }
       }
     }

@@ -90,8 +90,11 @@ def attention(
     _check(q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name = select.choose(select.ATTENTION, impl, q, k, v)
-    tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
-    out, lse = _Attention.apply(q, k, v, *tables, scale, deterministic, name)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
+        out, lse = _Attention.apply(q, k, v, *tables, scale, deterministic, name)
+    else:
+        out, lse = torch.ops.lct.attention_forward(q, k, v, plan.table, plan.host_table, scale, name)
     return (out, lse) if return_lse else out
 
 

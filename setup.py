@@ -25,7 +25,7 @@ CONTRACTED = "-ffp-contract=fast"  # a product and a sum are one operation where
 # Sources that are compiled once for each instruction set, with its options; the fastest is chosen when they run.
 X86_SETS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
 BY_SET = ("csrc/attention_tile.cpp",)
-SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O2"]
 
 
 class LeftOut(Exception):

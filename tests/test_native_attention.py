@@ -262,6 +262,12 @@ def test_auto_takes_it_in_fp32_and_torch_elsewhere():
     assert select.choose(select.ATTENTION, "auto", *[torch.zeros(4, 2, 257)] * 3) == "sdpa"
 
 
+def test_without_wide_vectors_auto_stays_with_torch(monkeypatch):
+    monkeypatch.setattr(native_attention, "WIDE", False)
+    x = torch.zeros(4, 2, 8)
+    assert select.choose(select.ATTENTION, "auto", x, x, x) == "sdpa"
+
+
 def test_elsewhere_than_on_x86_the_native_kernels_ask_to_be_validated(monkeypatch):
     x = torch.zeros(4, 3, 8)
     assert [

@@ -108,10 +108,14 @@ void each_gap(std::vector<Tile> tiles, int64_t rows, Body body) {
   if (covered < rows) body(covered, rows);
 }
 
+float* row_of(const Rows& x, int64_t row, int head) {
+  return static_cast<float*>(x.data) + row * x.row + head * x.head;
+}
+
 void clear(const Rows& x, int64_t begin, int64_t end, int heads, int dim) {
   for (int64_t row = begin; row < end; ++row)
     for (int head = 0; head < heads; ++head)
-      std::memset(static_cast<float*>(x.data) + row * x.row + head * x.head, 0, sizeof(float) * dim);
+      std::memset(row_of(x, row, head), 0, sizeof(float) * dim);
 }
 
 // Key tiles that one task goes through for one key head, and where it adds up its part of dq: in rows of its own or,
@@ -160,7 +164,7 @@ std::vector<Part> parts_of(const std::vector<Tile>& tiles, const RunTable& runs,
     for (int64_t i = 1, first = begin; i <= wanted; ++i) {
       const auto until = std::lower_bound(pairs.begin(), pairs.end(), pairs.back() * i / wanted);
       const int last = begin + int(until - pairs.begin());
-      const Range seen_by = reach(&tiles[first], int(last - first), intervals);
+      const Range seen_by = reach(tiles.data() + first, int(last - first), intervals);
       for (int head = 0; head < kv_heads && first < last; ++head)
         parts.push_back({int(first), last, wanted == 1, {nullptr, seen_by.lo, seen_by.hi - seen_by.lo, 0, 0}, nullptr});
       first = last;
@@ -218,9 +222,6 @@ bool attention_backward_cpu(const AttentionBackward& p, const char* isa, int thr
     const int head = int(task / count);
     kernels->delta(p, tile.first, tile.count, head, delta.get() + head * z.q_rows + tile.first);
   });
-  const auto dq_of = [&](int64_t row, int head) {
-    return static_cast<float*>(p.dq.data) + row * p.dq.row + head * p.dq.head;
-  };
   const bool fits = reinterpret_cast<uintptr_t>(p.dq.data) % 64 == 0 && p.dq.row % 16 == 0 && p.dq.head % 16 == 0;
   std::vector<Part> parts = parts_of(key_tiles, p.key_runs, z.kv_heads);
   parallel(int64_t(parts.size()), threads, [&](int64_t task) {
@@ -229,7 +230,7 @@ bool attention_backward_cpu(const AttentionBackward& p, const char* isa, int thr
     const int kv_head = int(task % z.kv_heads);
     part.whole = part.whole && fits && width == z.dim;
     if (part.whole) {
-      dq.data = dq_of(dq.first, kv_head * group), dq.row = p.dq.row, dq.head = p.dq.head;
+      dq.data = row_of(p.dq, dq.first, kv_head * group), dq.row = p.dq.row, dq.head = p.dq.head;
       clear({dq.data, dq.row, dq.head}, 0, dq.rows, group, z.dim);
     } else {
       part.data = buffer(group * dq.rows * width);
@@ -247,7 +248,7 @@ bool attention_backward_cpu(const AttentionBackward& p, const char* isa, int thr
   parallel(chunks * z.heads, threads, [&](int64_t task) {
     const int head = int(task / chunks);
     for (int64_t row = task % chunks * kTile, end = std::min(row + kTile, z.q_rows); row < end; ++row) {
-      float* to = dq_of(row, head);
+      float* to = row_of(p.dq, row, head);
       bool begun = false;
       for (size_t i = head / group; i < parts.size(); i += z.kv_heads) {
         const PartialDq& dq = parts[i].dq;

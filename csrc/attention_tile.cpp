@@ -73,8 +73,8 @@ struct Product {
   int64_t b_stride;
   float* c;  // [rows][lanes], aligned
   int64_t c_stride;
-  const float* factor;  // of every lane
-  float scale;          // of sums that are set
+  const float* factor = nullptr;  // of every lane, for C::scale
+  float scale = 1;                // of sums that are set
 };
 
 // The sums over p.k[begin, end), and what becomes of C by them.
@@ -226,6 +226,13 @@ void from_lanes(const float* lanes, const float* factor, const Rows& x, int64_t 
   }
 }
 
+// Rows [n, D], `stride` apart, into rows [n, D padded] beside one another.
+void copy_rows(const float* rows, int64_t stride, int n, int dim, float* copy) {
+  const int padded = vectors(dim) * W;
+  for (int i = 0; i < n; ++i)
+    for (int c = 0; c < dim; c += W) at(copy + i * padded + c) = channels_of(rows + i * stride, c, dim);
+}
+
 struct Block {
   const float* data;
   int64_t stride;
@@ -235,10 +242,8 @@ struct Block {
 // With AVX-512 a product is wide enough to wait for none.
 Block together(const float* rows, int64_t stride, int n, int dim, float* copy) {
   if (W == 16 || stride % 1024) return {rows, stride};
-  const int padded = vectors(dim) * W;
-  for (int i = 0; i < n; ++i)
-    for (int c = 0; c < dim; c += W) at(copy + i * padded + c) = channels_of(rows + i * stride, c, dim);
-  return {copy, padded};
+  copy_rows(rows, stride, n, dim, copy);
+  return {copy, vectors(dim) * W};
 }
 
 // -- forward -----------------------------------------------------------------------------------------------------------
@@ -303,7 +308,7 @@ void forward(const AttentionForward& p, const int32_t* run, int64_t first, int c
         const Queries x = queries(row);
         multiply<A::rows, C::set>({dim, keys, p.k.row, x.lanes, kTile, scores, kTile, nullptr, p.sizes.scale}, n, x.columns);
         softmax(scores, n, x.columns * W, x.peak, x.total, x.kept);
-        multiply<A::columns, C::scale>({n, values.data, values.stride, scores, kTile, x.out, kTile, x.kept, 1.f}, dim,
+        multiply<A::columns, C::scale>({n, values.data, values.stride, scores, kTile, x.out, kTile, x.kept}, dim,
                                        x.columns);
       }
     }
@@ -374,9 +379,7 @@ void backward(const AttentionBackward& p, const float* delta, const int32_t* run
     const Keys x = keys(row);
     into_lanes(p.k, first + row, x.count, kv_head, dim, x.keys);
     into_lanes(p.v, first + row, x.count, kv_head, dim, x.values);
-    for (int i = 0; i < x.count; ++i)
-      for (int c = 0; c < dim; c += W)
-        at(x.rows + i * padded + c) = channels_of(row_of(p.k, first + row + i, kv_head), c, dim);
+    copy_rows(row_of(p.k, first + row, kv_head), p.k.row, x.count, dim, x.rows);
     std::memset(x.dk, 0, sizeof(float) * padded * kTile);
     std::memset(x.dv, 0, sizeof(float) * padded * kTile);
   }
@@ -392,11 +395,11 @@ void backward(const AttentionBackward& p, const float* delta, const int32_t* run
         for (int row = 0; row < count; row += kTile) {
           const Keys x = keys(row);
           multiply<A::rows, C::set>({dim, q.data, q.stride, x.keys, kTile, scores, kTile, nullptr, z.scale}, n, x.columns);
-          multiply<A::rows, C::set>({dim, dout.data, dout.stride, x.values, kTile, dp, kTile, nullptr, 1.f}, n, x.columns);
+          multiply<A::rows, C::set>({dim, dout.data, dout.stride, x.values, kTile, dp, kTile}, n, x.columns);
           gradients(scores, dp, n, x.columns * W, p.lse + statistic, delta + statistic, z.scale);
-          multiply<A::columns, C::add>({n, dout.data, dout.stride, scores, kTile, x.dv, kTile, nullptr, 1.f}, dim, x.columns);
-          multiply<A::columns, C::add>({n, q.data, q.stride, dp, kTile, x.dk, kTile, nullptr, 1.f}, dim, x.columns);
-          multiply<A::rows, C::add>({x.count, dp, kTile, x.rows, padded, to, dq.row, nullptr, 1.f}, n, padded / W);
+          multiply<A::columns, C::add>({n, dout.data, dout.stride, scores, kTile, x.dv, kTile}, dim, x.columns);
+          multiply<A::columns, C::add>({n, q.data, q.stride, dp, kTile, x.dk, kTile}, dim, x.columns);
+          multiply<A::rows, C::add>({x.count, dp, kTile, x.rows, padded, to, dq.row}, n, padded / W);
         }
       }
     }

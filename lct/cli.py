@@ -113,9 +113,7 @@ def sample(
 
     folder = (scene if scene.is_dir() else scene.parent).resolve()
     model, config = load_model(weights, device)
-    sampling = Sampling(
-        steps, guidance, history_time, config.shift, config.shift_rows, text_scale=config.text_scale, dtype=dtype
-    )
+    sampling = Sampling.of(config, steps=steps, guidance=guidance, history_time=history_time, dtype=dtype)
     target = out or folder.with_name(f"{folder.name}-sample")
     print(sample_scene(model, scene, target, sampling, config.visibility, mode, fps, impl))
 

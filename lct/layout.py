@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,21 +120,26 @@ class SceneLayout:
                 "bidirectional"   a shot sees its whole scene (§ 3.2.2)
                 "context_causal"  a shot sees its scene up to its own end (§ 3.3)
                 or, per scene and shot, the indices of the earlier shots it sees beside itself and the global prompt
+    offsets     per scene and shot, where it starts along the space diagonal, for studies; None: each where the one
+                before it ends, as in the paper
 
     Immutable, hashable, equal by value; lives on the host. TypeError or ValueError for sizes that are not whole and
-    non-negative, empty scenes, misplaced global prompts and impossible selections.
+    non-negative, empty scenes, misplaced global prompts, impossible selections and offsets that are not one a shot.
     """
 
     scenes: tuple[tuple[Shot, ...], ...]
     visibility: str | Selection
+    offsets: tuple[tuple[float, ...], ...] | None
 
     def __init__(
         self,
         scenes: Iterable[Iterable[Shot]],
         visibility: str | Iterable[Iterable[Iterable[int]]] = "context_causal",
+        offsets: Iterable[Iterable[float]] | None = None,
     ):
         object.__setattr__(self, "scenes", _scenes(scenes))
         object.__setattr__(self, "visibility", _visibility(visibility, self.scenes))
+        object.__setattr__(self, "offsets", _offsets(offsets, self.scenes))
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -233,6 +239,8 @@ class SceneLayout:
         """Offset p of every shot along the space diagonal; each scene starts at 0 (Fig. 3b)."""
         if not 0 <= text_scale < float("inf"):
             raise ValueError(f"text_scale: expected a finite number of at least 0, got {text_scale}")
+        if self.offsets is not None:
+            return tuple(offset for scene in self.offsets for offset in scene)
         return tuple(
             origin
             for scene in self.scenes
@@ -263,6 +271,8 @@ class SceneLayout:
         sees  for an explicit selection: per scene, the earlier shots that the new one sees
         """
         self._one_each("shots", shots)
+        if self.offsets is not None:
+            raise ValueError("offsets: expected a layout whose shots stand one behind the other; make a new one")
         scenes = [(*scene, shot) for scene, shot in zip(self.scenes, shots, strict=True)]
         if isinstance(self.visibility, str):
             if sees is not None:
@@ -280,12 +290,14 @@ class SceneLayout:
         alternatives: Sequence[Shot] | None = None,
         device: str | torch.device = "cpu",
         text_scale: float = 1.0,
+        alone: Sequence[Shot] | None = None,
     ) -> Geometry:
         """Geometry of the rows from shot `first` of every scene on, over a cache that holds the shots before it.
 
         Scene b owns cache rows b·capacity onward, in the order of its rows. `alternatives` adds to each scene a second
-        version of its last shot, for guidance: same place and history, other prompt; it is written behind the scene
-        ([history | shot | alternative]) and neither version sees the other.
+        version of its last shot, for guidance: same place and history, other prompt. `alone` adds one that sees the
+        global prompt and no other shot, for guidance on the history. They are written behind the scene
+        ([history | shot | alternative | alone]), and no version sees another.
 
         ValueError where a scene does not fit `capacity`, before anything is written, and for bidirectional visibility,
         under which a cached key would have to change.
@@ -293,8 +305,9 @@ class SceneLayout:
         if self.visibility == "bidirectional":
             raise ValueError("visibility: a cache needs context_causal, isolated or a selection, got 'bidirectional'")
         first = _size("first", first)
-        if alternatives is not None:
-            self._one_each("alternatives", alternatives)
+        versions = [(name, v) for name, v in (("alternatives", alternatives), ("alone", alone)) if v is not None]
+        for name, version in versions:
+            self._one_each(name, version)
         shots: list[Shot] = []
         origins: list[float] = []
         slots: list[Interval] = []
@@ -314,7 +327,7 @@ class SceneLayout:
             if first >= len(scene):
                 raise ValueError(f"first: expected a shot of scene {b}, which has {len(scene)}, got {first}")
             starts = tuple(accumulate((shot.rows for shot in scene), initial=0))
-            needed = starts[-1] + (alternatives[b].rows if alternatives is not None else 0)
+            needed = starts[-1] + sum(version[b].rows for _, version in versions)
             if needed > capacity:
                 raise ValueError(
                     f"capacity: scene {b} needs {needed} cache rows, got {capacity}; allocate a larger cache or rewind"
@@ -323,10 +336,13 @@ class SceneLayout:
             for index in range(first, len(scene)):
                 sees = [(base + i, base + j) for i, j in self._scene_intervals(b, index)]
                 add(scene[index], all_origins[self.first_shots[b] + index], base + starts[index], sees)
-            if alternatives is not None:
-                slot, own = base + starts[-1], (base + starts[-2], base + starts[-1])
-                history = _without(runs[-1].sees, own)
-                add(alternatives[b], origins[-1], slot, (*history, (slot, slot + alternatives[b].rows)))
+            slot, own = base + starts[-1], (base + starts[-2], base + starts[-1])
+            history = _without(runs[-1].sees, own)
+            shared = ((base, base + scene[0].rows),) if scene[0].role == "global" and len(scene) > 1 else ()
+            for name, version in versions:
+                end = slot + version[b].rows
+                add(version[b], origins[-1], slot, (*(shared if name == "alone" else history), (slot, end)))
+                slot = end
         import torch
 
         plan = Plan.build(runs, at, len(self.scenes) * capacity, device)
@@ -397,6 +413,20 @@ def _selection(b: int, scene: tuple[Shot, ...], chosen: object) -> tuple[tuple[i
             raise ValueError(f"{name} may select earlier shots only, got {max(others)}")
         selection.append(tuple(sorted(others)))
     return tuple(selection)
+
+
+def _offsets(offsets: object, scenes: tuple[tuple[Shot, ...], ...]) -> tuple[tuple[float, ...], ...] | None:
+    if offsets is None:
+        return None
+    given = tuple(
+        tuple(float(offset) for offset in _items(f"offsets: scene {b}", scene, "a number for each shot"))
+        for b, scene in enumerate(_items("offsets", offsets, "numbers per scene and shot"))
+    )
+    if [len(scene) for scene in given] != [len(scene) for scene in scenes]:
+        raise ValueError(f"offsets: expected one for each shot, {[len(s) for s in scenes]}, got {list(map(len, given))}")
+    if not all(isfinite(offset) for scene in given for offset in scene):
+        raise ValueError("offsets: expected finite numbers")
+    return given
 
 
 @lru_cache(maxsize=256)

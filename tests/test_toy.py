@@ -198,7 +198,7 @@ def test_number_of_shots():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"one_character, two_characters, three_characters, got 'hard'"):
+    with pytest.raises(ValueError, match=r"one_character, cast, two_characters, three_characters, got 'hard'"):
         ToyScenes("hard")
     with pytest.raises(ValueError, match="kind: expected one of single, cut, no_cut"):
         ToyScenes().sample("film", np.random.default_rng(0))

@@ -51,8 +51,17 @@ class Batch(Packed):
     noise: Tensor
 
 
-def pack(samples: list[SceneSample], tokenize: Tokenize, patch: tuple[int, int, int], visibility: str) -> Packed:
-    """Pack scenes without padding. ValueError where a size is no multiple of the patch."""
+def pack(
+    samples: list[SceneSample],
+    tokenize: Tokenize,
+    patch: tuple[int, int, int],
+    visibility: str,
+    one_place: bool = False,
+) -> Packed:
+    """Pack scenes without padding; `one_place` starts all shots of a scene at position 0.
+
+    ValueError where a size is no multiple of the patch.
+    """
     channels = samples[0].shots[0].latents.shape[-1] * int(np.prod(patch))
     scenes, latents, prompts = [], [], []
     for sample in samples:
@@ -68,7 +77,8 @@ def pack(samples: list[SceneSample], tokenize: Tokenize, patch: tuple[int, int, 
             prompts.append(ids)
             latents.append(patchify(torch.from_numpy(shot.latents), patch))
         scenes.append(scene)
-    return Packed(SceneLayout(scenes, visibility), torch.cat(latents), *pack_tokens(prompts))
+    offsets = [[0.0] * len(scene) for scene in scenes] if one_place else None
+    return Packed(SceneLayout(scenes, visibility, offsets), torch.cat(latents), *pack_tokens(prompts))
 
 
 def pack_tokens(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -89,11 +99,15 @@ def draw_batch(
     scenes: int,
     seed: int,
     step: int,
+    shared_time: bool = False,
+    one_place: bool = False,
 ) -> Batch:
     """The batch of one step. Every scene, substitution, dropped prompt, time and noise of slot i depends on
     (seed, step, i) alone: no loader state, any number of workers.
 
-    mixture  shares of the kinds of scene
+    mixture      shares of the kinds of scene
+    shared_time  all shots of a scene have its first one's
+    one_place    see `pack`
     """
     kinds, shares = list(mixture), np.array(list(mixture.values()))
     rngs = [np.random.default_rng([seed, step, slot]) for slot in range(scenes)]
@@ -101,14 +115,21 @@ def draw_batch(
     for rng in rngs:
         sample = dataset.sample(kinds[rng.choice(len(kinds), p=shares / shares.sum())], rng)
         samples.append(_dropped(_substituted(sample, image_probability, rng), drop_probability, rng))
-    packed = pack(samples, tokenize, patch, visibility)
+    packed = pack(samples, tokenize, patch, visibility, one_place)
     normal, noise = [], []
     for rng, scene in zip(rngs, packed.layout.scenes, strict=True):
-        normal.append(rng.standard_normal(len(scene), np.float32))
+        draws = rng.standard_normal(len(scene), np.float32)
+        normal.append(np.full_like(draws, draws[0]) if shared_time else draws)
         rows = sum(shot.video_rows for shot in scene)
         noise.append(rng.standard_normal((rows, packed.latents.shape[1]), np.float32))
-    draws = torch.from_numpy(np.concatenate(normal)), torch.from_numpy(np.concatenate(noise))
-    return Batch(packed.layout, packed.latents, packed.ids, packed.places, *draws)
+    return Batch(
+        packed.layout,
+        packed.latents,
+        packed.ids,
+        packed.places,
+        torch.from_numpy(np.concatenate(normal)),
+        torch.from_numpy(np.concatenate(noise)),
+    )
 
 
 def _substituted(sample: SceneSample, probability: float, rng: np.random.Generator) -> SceneSample:

@@ -32,6 +32,8 @@ from lct.data.toy import (
 
 # A character stands out from its background by at least 0.55 in RGB distance; noise of 0.05 by less than 0.2.
 VISIBLE = 0.3
+# A frame shows a character whole where it covers at least this part of what it covers at most.
+WHOLE = 0.8
 # A character's colour is read from the pixels within this part of its radius.
 CORE = 0.6
 # The mean distance of two random characters' colours; a missing character is as far as that from any.
@@ -47,6 +49,9 @@ class ShotReading:
 
     frames                         T
     character_rgb, background_rgb  float [3] in [0, 1]
+    enters                         nobody is in the first frame, and somebody in the last; corner and motion are then
+                                   those of the frames that show the character
+    misfit                         rms difference of the pixels from the cleanest drawing of what is read, in [0, 1]
     """
 
     frames: int
@@ -60,6 +65,8 @@ class ShotReading:
     light: str
     place: str
     background_rgb: np.ndarray
+    enters: bool
+    misfit: float
 
 
 def read_shot(frames: np.ndarray) -> ShotReading:
@@ -83,25 +90,36 @@ def read_shot(frames: np.ndarray) -> ShotReading:
     border[:-1, 1:-1] = False
     place, rgb = _background(ground, np.broadcast_to(border, ground.shape[:3]), top, height)
     distance = _distance(ground, place, rgb, top, height)
-    strength = _strength(distance)
+    strength = float(_strengths(distance).mean())
     # The border alone sees little of a place's pattern: look again at everything but the character.
     near = max(0.4 * strength, np.quantile(distance, 0.3)) if strength >= VISIBLE else np.inf
     place, rgb = _background(ground, distance <= near, top, height)
 
     distance = _distance(ground, place, rgb, top, height)
-    strength = _strength(distance)
-    nobody = ShotReading(len(frames), False, None, None, None, None, None, ESTABLISHING, light, place, rgb)
+    strengths = _strengths(distance)
+    enters = bool(strengths[0] < VISIBLE <= strengths[-1])
+    shown = strengths >= VISIBLE if enters else np.ones(len(frames), bool)
+    strength = float(strengths[shown].mean())
+    empty = rgb + place_pattern(place, height, width)[top:, :, None]
+    nobody = ShotReading(
+        len(frames), False, None, None, None, None, None, ESTABLISHING, light, place, rgb, False, _rms(ground - empty)
+    )
     if strength < VISIBLE:
         return nobody
-    centroids = _centroids(np.clip((distance / strength - 0.25) / 0.5, 0, 1))
-    empty_ground = rgb + place_pattern(place, height, width)[top:, :, None]
-    framing, shape, texture, colour = _fit(ground, empty_ground, centroids, unit(height, width))
+    cover = np.clip((distance[shown] / strength - 0.25) / 0.5, 0, 1)
+    centroids, mass = _centroids(cover), cover.sum((1, 2))
+    whole = mass >= WHOLE * mass.max() if enters else np.ones(len(cover), bool)
+    framing, shape, texture, colour, misfit = _fit(
+        ground[shown][whole], empty, centroids[whole], unit(height, width)
+    )
     if colour_error(colour, rgb) < VISIBLE:
         return nobody
     y, x = centroids[0] - _centre(shape, framing, unit(height, width))
     corner = corner_of(top + y, x, height, width)
     motion = _motion(centroids)
-    return ShotReading(len(frames), True, colour, shape, texture, motion, corner, framing, light, place, rgb)
+    return ShotReading(
+        len(frames), True, colour, shape, texture, motion, corner, framing, light, place, rgb, enters, misfit
+    )
 
 
 def _background(ground: np.ndarray, where: np.ndarray, top: int, height: int) -> tuple[str, np.ndarray]:
@@ -123,10 +141,14 @@ def _distance(ground: np.ndarray, place: str, rgb: np.ndarray, top: int, height:
     return np.linalg.norm(ground - pattern[..., None] - rgb, axis=-1)
 
 
-def _strength(distance: np.ndarray) -> float:
-    """How far the most distinct pixels stand out from the background: the mean of the top six of each frame."""
+def _strengths(distance: np.ndarray) -> np.ndarray:
+    """How far the most distinct pixels of each frame stand out from the background: the mean of the top six; [T]."""
     flat = distance.reshape(len(distance), -1)
-    return float(np.partition(flat, -6, axis=1)[:, -6:].mean())
+    return np.partition(flat, -6, axis=1)[:, -6:].mean(1)
+
+
+def _rms(difference: np.ndarray) -> float:
+    return float(np.sqrt(np.square(difference).mean()))
 
 
 def _centroids(cover: np.ndarray) -> np.ndarray:
@@ -145,7 +167,8 @@ def _motion(centroids: np.ndarray) -> str | None:
 
 
 def _fit(ground: np.ndarray, empty: np.ndarray, centroids: np.ndarray, pixels: float):
-    """Framing, shape, texture and colour [3] of the template, sharp or soft, that explains the pixels best.
+    """Framing, shape, texture and colour [3] of the template, sharp or soft, that explains the pixels best, and the rms
+    of what the best sharp one leaves unexplained.
 
     ground     [T, h, W, 3]
     empty      [h, W, 3], the background
@@ -153,18 +176,22 @@ def _fit(ground: np.ndarray, empty: np.ndarray, centroids: np.ndarray, pixels: f
     pixels     of this frame size to one of a 16 x 16 frame
     """
     best: tuple = (np.inf,)
+    unexplained = np.inf
     for framing, shape in product(RADIUS, SHAPES):
         centres, radius = centroids - _centre(shape, framing, pixels), RADIUS[framing] * pixels
         sharp = np.stack(coverage(shape, centres, radius, *ground.shape[1:3]))
-        for (cover, stripe), texture in product((sharp, _soften(sharp)), TEXTURES):
+        for soft, texture in product((False, True), TEXTURES):
+            cover, stripe = _soften(sharp) if soft else sharp
             painted = ground - empty * (1 - cover)[..., None]
             shown = paint(cover, stripe, texture)
             misfit = np.square(painted - shown[..., None] * _colour(painted, shown, shown)).sum()
+            if not soft:
+                unexplained = min(unexplained, misfit)
             if misfit < best[0]:
                 # Edges are where generated frames are least sure, so the colour is taken from the pixels well inside.
                 inner, _ = coverage(shape, centres, CORE * radius, *ground.shape[1:3])
                 best = misfit, framing, shape, texture, _colour(painted, shown, shown * inner)
-    return best[1:]
+    return *best[1:], float(np.sqrt(unexplained / ground.size))
 
 
 def _centre(shape: str, framing: str, pixels: float) -> np.ndarray:
@@ -208,7 +235,8 @@ def score_shots(shots: Sequence[np.ndarray], truth: ToyTruth) -> list[dict[str, 
     """Compare shots (frames [T, H, W, 3] in [0, 1]) with what they ought to show, one dict per shot.
 
     colour_error, background_error  RGB distances to the truth; a missing character's is CHANCE
-    visible, shape, texture, motion, corner, light, framing, place  1.0 where right, else 0.0
+    visible, enters, shape, texture, motion, corner, light, framing, place  1.0 where right, else 0.0
+    misfit  rms difference of the pixels from the cleanest drawing of what they show: blur, noise, artefacts
     NaN where the truth defines none: all that is a character's in an establishing shot, motion where T = 1.
     """
     if len(shots) > len(truth.shots):
@@ -225,7 +253,9 @@ def score_reading(got: ShotReading, truth: ToyTruth, index: int) -> dict[str, fl
         "light": float(got.light == truth.light),
         "framing": float(got.framing == want.framing),
         "place": float(got.place == want.place),
+        "misfit": got.misfit,
         "colour_error": np.nan,
+        "enters": np.nan,
         "shape": np.nan,
         "texture": np.nan,
         "motion": np.nan,
@@ -237,6 +267,7 @@ def score_reading(got: ShotReading, truth: ToyTruth, index: int) -> dict[str, fl
         scores["shape"] = float(got.shape == who.shape)
         scores["texture"] = float(got.texture == who.texture)
         scores["corner"] = float(got.corner == want.corner)
+        scores["enters"] = float(got.enters == want.enters)
         if got.frames > 1:
             scores["motion"] = float(got.motion == want.motion)
     return scores

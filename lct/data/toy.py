@@ -10,7 +10,7 @@ Positions and radii are in pixels of the scene's own size; `scale` renders the s
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle
@@ -31,11 +31,13 @@ SHAPES = ("circle", "square", "triangle", "cross")
 TEXTURES = ("plain", "striped")
 KINDS = ("single", "cut", "no_cut")
 ROLES = ("wanderer", "traveller", "dancer")
+ENTRANCES = ("left", "right", "up")  # motions of a character that comes in; none comes down out of the sky
 
 # Pixels on a 16 x 16 frame, whose free area below the sky is 14 high; other sizes scale with that area's shorter side.
 AREA = 14.0
 RADIUS = {"wide shot": 3.0, "close-up": 4.0}
 TRAVEL = {"wide shot": 4.0, "close-up": 4.0}
+DEPTH = 2.0  # how far an entering character ends from the border that it came in by
 ESTABLISHING = "establishing shot"
 SUPERSAMPLING = 4
 MAX_SHOTS = 9
@@ -47,7 +49,9 @@ EVALUATION = 0x4C43_5445
 class ToyConfig:
     """How hard the scenes are: what there is to remember, and how much the shots vary in size and place.
 
-    grid  characters start in the middle of squares of so many pixels where one is within reach; 0: anywhere
+    establishing  share of shots that show nobody
+    entering      share of the others whose character is not there yet in the first frame, and comes in from a border
+    grid          characters start in the middle of squares of so many pixels where one is within reach; 0: anywhere
     """
 
     characters: int = 1
@@ -56,11 +60,13 @@ class ToyConfig:
     frames: tuple[int, ...] = (3,)
     sizes: tuple[tuple[int, int], ...] = ((16, 16),)
     establishing: float = 0.1
+    entering: float = 0.0
     grid: int = 0
 
 
 PRESETS = {
     "one_character": ToyConfig(grid=2),
+    "cast": ToyConfig(characters=2, textures=TEXTURES, establishing=0.15, entering=0.15, grid=2),
     "two_characters": ToyConfig(characters=2, shapes=SHAPES[:3], frames=(2, 3, 4)),
     "three_characters": ToyConfig(
         characters=3, shapes=SHAPES, textures=TEXTURES, frames=(2, 3, 4), sizes=((16, 16), (12, 20), (20, 12))
@@ -83,7 +89,8 @@ class ShotTruth:
 
     who     index into the scene's characters
     start   (y, x) of the character's centre in the first frame, in pixels
-    corner  the quarter of the frame that it lies in
+    corner  the quarter of the frame that it lies in; nearest to it where that is out of the frame
+    enters  the character is out of the first frame and comes in
     """
 
     who: int | None
@@ -92,6 +99,7 @@ class ShotTruth:
     place: str
     start: tuple[float, float] | None
     corner: str | None
+    enters: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,10 @@ def corner_of(y: float, x: float, height: int, width: int) -> str:
     return f"{'top' if y < height / 2 else 'bottom'} {'left' if x < width / 2 else 'right'}"
 
 
-def step(framing: str, frames: int, height: int, width: int) -> float:
-    """Pixels a character moves from frame to frame, so that `frames` steps fit into the free area."""
+def step(framing: str, frames: int, height: int, width: int, enters: bool = False) -> float:
+    """Pixels a character moves from frame to frame: `frames` steps fit into the free area, an entrance takes all."""
+    if enters:
+        return unit(height, width) * (2 * RADIUS[framing] + DEPTH) / max(frames - 1, 1)
     free = AREA - 2 * RADIUS[framing]
     return unit(height, width) * min(TRAVEL[framing] / max(frames - 1, 1), free / frames)
 
@@ -222,10 +232,11 @@ def paint(cover: np.ndarray, stripe: np.ndarray, texture: str) -> np.ndarray:
     return cover - 0.5 * stripe if texture == "striped" else cover
 
 
-def _path(shot: ShotTruth, travelled: np.ndarray) -> np.ndarray:
-    """Centres [T, 2] of a shot's character after moving `travelled` [T] pixels; zeros in an establishing shot."""
+def _path(shot: ShotTruth, at: np.ndarray, frames: int, size: tuple[int, int]) -> np.ndarray:
+    """Centres [T, 2] of a shot's character at times `at` [T], counted in its frames; zeros in an establishing shot."""
     if shot.start is None or shot.motion is None:
-        return np.zeros((len(travelled), 2))
+        return np.zeros((len(at), 2))
+    travelled = step(shot.framing, frames, *size, shot.enters) * at
     return np.asarray(shot.start) + travelled[:, None] * np.asarray(MOTIONS[shot.motion])
 
 
@@ -237,7 +248,10 @@ def to_frames(latents: np.ndarray) -> np.ndarray:
 def _shot_text(shot: ShotTruth) -> str:
     if shot.who is None:
         return f"{shot.framing} of the {shot.place}"
-    return f"{shot.framing} of Character {shot.who + 1}, {shot.corner}, moving {shot.motion} {PLACES[shot.place]}"
+    entering = " entering" if shot.enters else ""
+    return (
+        f"{shot.framing} of Character {shot.who + 1}{entering}, {shot.corner}, moving {shot.motion} {PLACES[shot.place]}"
+    )
 
 
 def _global_text(truth: ToyTruth) -> str:
@@ -291,21 +305,37 @@ class ToyScenes:
             events = tuple(self._shot(rng, frames, size) for frames in lengths)
         return self._scene(kind, self._truth(rng, events), lengths, size)
 
-    def evaluation_scene(self, index: int, seed: int, shots: int) -> SceneSample:
-        """Scene `index` of a held-out set: a "cut" scene with a character in every shot, so that identity is defined.
+    def evaluation_scene(
+        self,
+        index: int,
+        seed: int,
+        shots: int,
+        cast: Sequence[int | None] | None = None,
+        entering: Collection[int] = (),
+        kind: str = "cut",
+    ) -> SceneSample:
+        """Scene `index` of a held-out set, of any number of shots. The generator's key lies in a namespace of its own:
+        no training seed leads to the same stream.
 
-        The characters take turns, and the framing alternates from one turn to the next. The generator's key lies in a
-        namespace of its own: no training seed leads to the same stream.
+        cast      who each shot shows, None for nobody; by default the characters take turns, and the framing alternates
+                  from one turn to the next, so that identity is defined in every shot
+        entering  the shots whose character comes in
+        kind      "cut", or "no_cut" for segments of one long shot, which has a cast of its own
         """
-        _check_shots(shots)
+        if shots < 1:
+            raise ValueError(f"shots: expected at least 1, got {shots}")
         rng = np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=(EVALUATION,)))
         size = _choose(rng, self.config.sizes)
+        if kind == "no_cut":
+            lengths = (int(_choose(rng, self.config.frames)),) * shots
+            return self._scene(kind, self._truth(rng, self._long_shot(rng, lengths[0], shots, size)), lengths, size)
         lengths = tuple(int(_choose(rng, self.config.frames)) for _ in range(shots))
         framings = list(RADIUS) if rng.random() < 0.5 else list(RADIUS)[::-1]
         turns = [divmod(i, self.config.characters) for i in range(shots)]
+        who = [character for _, character in turns] if cast is None else cast
         events = tuple(
-            self._shot(rng, frames, size, who=who, framing=framings[turn % 2])
-            for frames, (turn, who) in zip(lengths, turns, strict=True)
+            self._event(rng, frames, size, who[i], framings[turns[i][0] % 2], i in entering)
+            for i, frames in enumerate(lengths)
         )
         return self._scene("cut", self._truth(rng, events), lengths, size)
 
@@ -321,21 +351,35 @@ class ToyScenes:
         background_rgb = colorsys.hsv_to_rgb(rng.random(), 0.35, 0.5)
         return ToyTruth(_choose(rng, list(LIGHTS)), background_rgb, characters, events)
 
-    def _shot(
-        self, rng: np.random.Generator, frames: int, size, who: int | None = None, framing: str | None = None
-    ) -> ShotTruth:
+    def _shot(self, rng: np.random.Generator, frames: int, size) -> ShotTruth:
+        """What a shot of a scene with cuts shows."""
         place = _choose(rng, list(PLACES))
-        if framing is None:
-            if rng.random() < self.config.establishing:
-                return ShotTruth(None, None, ESTABLISHING, place, None, None)
-            framing = _choose(rng, list(RADIUS))
-        if who is None:
-            who = int(rng.integers(self.config.characters))
-        motion = _choose(rng, list(MOTIONS))
-        travel = (frames - 1) * step(framing, frames, *size) * np.asarray(MOTIONS[motion])
+        if rng.random() < self.config.establishing:
+            return _nobody(place)
+        framing = _choose(rng, list(RADIUS))
+        who = int(rng.integers(self.config.characters))
+        enters = self.config.entering > 0 and rng.random() < self.config.entering
+        return self._appearance(rng, frames, size, who, framing, place, enters)
+
+    def _event(self, rng: np.random.Generator, frames: int, size, who: int | None, framing: str, enters: bool):
+        """The same with everything chosen but place and motion."""
+        place = _choose(rng, list(PLACES))
+        return _nobody(place) if who is None else self._appearance(rng, frames, size, who, framing, place, enters)
+
+    def _appearance(
+        self, rng: np.random.Generator, frames: int, size, who: int, framing: str, place: str, enters: bool
+    ) -> ShotTruth:
         low, high = _room(framing, size)
-        start = self._place(rng, low + np.maximum(-travel, 0), high - np.maximum(travel, 0))
-        return _event(who, motion, framing, place, start, size)
+        motion = _choose(rng, ENTRANCES if enters else list(MOTIONS))
+        way = np.asarray(MOTIONS[motion])
+        if enters:
+            radius = RADIUS[framing] * unit(*size)
+            before = np.where(way > 0, -radius, np.asarray(size) + radius)
+            start = np.where(way, before, self._place(rng, low, high))
+        else:
+            travel = (frames - 1) * step(framing, frames, *size) * way
+            start = self._place(rng, low + np.maximum(-travel, 0), high - np.maximum(travel, 0))
+        return _seen(who, motion, framing, place, start, size, enters)
 
     def _place(self, rng: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """A point (y, x) between low and high, in the middle of a square of the grid where one lies there."""
@@ -357,15 +401,14 @@ class ToyScenes:
         events = []
         for axis in rng.integers(2, size=shots):
             motion = (("down", "up"), ("right", "left"))[axis][far[axis]]
-            events.append(_event(who, motion, framing, place, square + edge * far, size))
+            events.append(_seen(who, motion, framing, place, square + edge * far, size))
             far[axis] = 1 - far[axis]
         return tuple(events)
 
     def _scene(self, kind: str, truth: ToyTruth, lengths: Sequence[int], size: tuple[int, int]) -> SceneSample:
         shots = []
         for event, frames in zip(truth.shots, lengths, strict=True):
-            stride = 0.0 if event.who is None else step(event.framing, frames, *size)
-            pixels = render(truth, event, _path(event, stride * np.arange(frames)), *size)
+            pixels = render(truth, event, _path(event, np.arange(frames), frames, size), *size)
             latents = (2 * pixels - 1).astype(np.float32, copy=False)
             text = _shot_text(event)
             if kind == "single":
@@ -379,9 +422,13 @@ def _check_shots(shots: int) -> None:
         raise ValueError(f"shots: expected 1 to {MAX_SHOTS}, got {shots}")
 
 
-def _event(who: int, motion: str, framing: str, place: str, start: np.ndarray, size: tuple[int, int]) -> ShotTruth:
+def _nobody(place: str) -> ShotTruth:
+    return ShotTruth(None, None, ESTABLISHING, place, None, None)
+
+
+def _seen(who: int, motion: str, framing: str, place: str, start: np.ndarray, size, enters: bool = False) -> ShotTruth:
     y, x = float(start[0]), float(start[1])
-    return ShotTruth(who, motion, framing, place, (y, x), corner_of(y, x, *size))
+    return ShotTruth(who, motion, framing, place, (y, x), corner_of(y, x, *size), enters)
 
 
 def _room(framing: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -420,7 +467,7 @@ def _film_shot(truth: ToyTruth, event: ShotTruth, shot: ShotSample, frames: int,
     """uint8 [frames, H·scale, W·scale, 3]. A shot that `stops` ends where its toy shot does; a segment of a long
     shot goes on to where the next one starts."""
     toy_frames, height, width, _ = shot.latents.shape
-    stride = 0.0 if event.who is None else step(event.framing, toy_frames, height, width)
     last = toy_frames - 1 if stops else toy_frames * (frames - 1) / frames
-    pixels = render(truth, event, _path(event, stride * np.linspace(0, last, frames)), height, width, scale)
+    path = _path(event, np.linspace(0, last, frames), toy_frames, (height, width))
+    pixels = render(truth, event, path, height, width, scale)
     return np.round(255 * pixels).astype(np.uint8)

@@ -99,23 +99,24 @@ class HistoryPool(_Stored):
         self.spec = config.norm_rope()
         self.shots: list[list[range]] = [[] for _ in range(scenes)]
 
-    def admit(self, rows: Sequence[int]) -> Tensor:
+    def admit(self, rows: Sequence[int], beside: Sequence[int] | None = None) -> Tensor:
         """Room for one more shot of every scene, `rows` rows in scene b: int64 slots, for a forward pass to write to.
+
+        beside  rows of other versions of the shot that the same pass computes; they go behind it and are not kept
 
         ValueError where a scene's capacity does not suffice, before anything changes.
         """
         if len(rows) != self.scenes:
             raise ValueError(f"rows: expected one number for each of {self.scenes} scenes, got {len(rows)}")
         new = []
-        for b, (shots, count) in enumerate(zip(self.shots, rows, strict=True)):
+        for b, (shots, count, more) in enumerate(zip(self.shots, rows, beside or [0] * self.scenes, strict=True)):
             first = shots[-1].stop if shots else b * self.capacity
-            if first + count > (b + 1) * self.capacity:
-                raise ValueError(
-                    f"capacity: scene {b} needs {first + count - b * self.capacity} pool rows, got {self.capacity}"
-                )
-            new.append(range(first, first + count))
-        for shots, room in zip(self.shots, new, strict=True):
-            shots.append(room)
+            end = first + count + more
+            if end > (b + 1) * self.capacity:
+                raise ValueError(f"capacity: scene {b} needs {end - b * self.capacity} pool rows, got {self.capacity}")
+            new.append(range(first, end))
+        for shots, room, count in zip(self.shots, new, rows, strict=True):
+            shots.append(room[:count])
         return _rows_of(new)
 
     def assemble_(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ def tiny() -> ModelConfig:
     )
 
 
+def micro() -> ModelConfig:
+    """A model of a million parameters, small enough to be trained a dozen times in an evening on two CPU cores."""
+    return replace(tiny(), width=96, heads=3, kv_heads=3, mlp_width=192)
+
+
 def lct_3b() -> ModelConfig:
     """The size of the paper's model, 3 B parameters (§ 4); its inner sizes are not published."""
     return ModelConfig(
@@ -107,7 +112,7 @@ def lct_3b() -> ModelConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], ModelConfig]] = {"tiny": tiny, "lct_3b": lct_3b}
+PRESETS: dict[str, Callable[[], ModelConfig]] = {"tiny": tiny, "micro": micro, "lct_3b": lct_3b}
 
 
 def preset(name: str) -> ModelConfig:

@@ -36,7 +36,6 @@ def joint(
     is discarded; their latents come back bitwise as they were.
     """
     like = state(model)
-    dtype = sampling.compute_dtype(model)
     prompted, null, latents, made = [], [], [], []
     for scene in scenes:
         cond = [Prompted.global_prompt(model, scene.global_prompt)] if scene.global_prompt is not None else []
@@ -51,21 +50,37 @@ def joint(
             made.append(not given)
         prompted.append(cond)
         null.append(uncond)
-    branches = prompted + null if sampling.guidance != 1 else prompted
-    layout = SceneLayout([[p.shot for p in scene] for scene in branches], visibility)
-    geometry = layout.geometry(like.device, sampling.text_scale)
-    text = features(model, [p for scene in branches for p in scene], like.device)
+    weights = [w for w in (sampling.guidance, sampling.history_guidance) if w != 1]
+    passes = [_Pass(prompted + null if sampling.guidance != 1 else prompted, visibility, model, sampling)]
+    if sampling.history_guidance != 1:
+        passes.append(_Pass(prompted, "isolated", model, sampling))
 
     z, is_made = torch.cat(latents), torch.tensor(made)
-    shot_of_row = geometry.streams.video_shot[: len(z)].cpu()
+    shot_of_row = passes[0].geometry.streams.video_shot[: len(z)].cpu()
     rows = is_made[shot_of_row].nonzero()[:, 0].to(like.device)
-    copies = 2 if sampling.guidance != 1 else 1
-    for now, then in sampling.times(layout.shots[: len(made)]):
-        times = torch.where(is_made, now, 0.0).repeat(copies).to(like.device)
-        velocity = model(z.repeat(copies, 1).to(dtype), text, times, geometry, impl=impl).to(z.dtype).chunk(copies)
-        v = velocity[0] if copies == 1 else guided(velocity[0], velocity[1], sampling.guidance)
+    shots = [p.shot for scene in prompted for p in scene]
+    for now, then in sampling.times(shots):
+        times = torch.where(is_made, now, 0.0).to(like.device)
+        branches = [v for one in passes for v in one.velocities(z, times, impl)]
         step = (then - now)[shot_of_row].to(like)[:, None]
-        z[rows] += (step * v)[rows]
-    parts = iter(z.split([shot.video_rows for shot in layout.shots[: len(made)]]))
-    shots = [[next(parts) for _ in scene] for scene in prompted]
-    return [s if scene.global_prompt is None else s[1:] for s, scene in zip(shots, scenes, strict=True)]
+        z[rows] += (step * guided(branches, weights))[rows]
+    parts = iter(z.split([shot.video_rows for shot in shots]))
+    finished = [[next(parts) for _ in scene] for scene in prompted]
+    return [s if scene.global_prompt is None else s[1:] for s, scene in zip(finished, scenes, strict=True)]
+
+
+class _Pass:
+    """One run of the model over the scenes, or over them and their versions with the null prompt."""
+
+    def __init__(self, scenes: list[list[Prompted]], visibility: str, model: MMDiT, sampling: Sampling):
+        device = model.video_out.weight.device
+        offsets = [[0.0] * len(scene) for scene in scenes] if sampling.one_place else None
+        layout = SceneLayout([[p.shot for p in scene] for scene in scenes], visibility, offsets)
+        self.geometry = layout.geometry(device, sampling.text_scale)
+        self.text = features(model, [p for scene in scenes for p in scene], device)
+        self.model, self.dtype = model, sampling.compute_dtype(model)
+
+    def velocities(self, z: Tensor, times: Tensor, impl: str) -> tuple[Tensor, ...]:
+        copies = len(self.geometry.shots) // len(times)
+        video = z.repeat(copies, 1).to(self.dtype)
+        return self.model(video, self.text, times.repeat(copies), self.geometry, impl=impl).to(z.dtype).chunk(copies)

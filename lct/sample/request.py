@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from lct.model.config import COMPUTE_DTYPES
 from lct.model.flow import shift_time, shot_shift
 from lct.model.mmdit import MMDiT
 
+KEEP = ("pass", "step")
 START, HISTORY = 0, 1  # the two noises of a shot: where denoising begins, and what it is perturbed with as history
 
 Times = tuple[Tensor, Tensor]
@@ -32,17 +34,21 @@ class ShotRequest:
     video   (T, H, W) in patches
     seed    of this shot alone: its noise does not depend on the other shots
     given   clean latents as packed patches [T·H·W, patch channels]; None for a shot to generate
+    history_time  t_c of this shot as history; None: 0 for a given shot, that of `Sampling` for a generated one
     """
 
     prompt: str
     video: tuple[int, int, int]
     seed: int
     given: Tensor | None = field(default=None, compare=False)
+    history_time: float | None = None
 
     def __post_init__(self):
         shot = Shot(0, self.video)
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        if self.history_time is not None:
+            _check_history_time(self.history_time)
         if self.given is not None and (self.given.ndim != 2 or len(self.given) != shot.video_rows):
             raise ValueError(
                 f"given: expected [{shot.video_rows}, channels] for {self.video}, got {list(self.given.shape)}"
@@ -75,21 +81,28 @@ class Sampling:
     """How to denoise.
 
     steps         Euler steps from t = 1 to t = 0
-    guidance      w in v = v_null + w (v_prompt − v_null), where the null branch drops the prompts of the shots being
-                  made and keeps history and global prompt; 1 is without guidance
-    history_time  t_c, the noise level of generated shots as history; 0.1 to 0.5 in the paper (§ 4.2)
+    guidance      w of the prompts and `history_guidance` w_h of the other shots, each 1 without guidance:
+                  v + (w − 1)(v − v_null) + (w_h − 1)(v − v_alone). The null branch drops the prompts of the shots
+                  being made and keeps history and global prompt; the other keeps the prompts and sees no other shot
+    history_time  t_c, the noise level of generated shots as history; 0.1 to 0.5 in the paper (§ 4.2). Several numbers
+                  are a schedule by age: of the shot just before, the one before that, …, the last for all older ones
+    keep          which keys and values of a finished shot the cache keeps: of a "pass" of its own at t_c, or of the
+                  denoising "step" nearest t_c, which spares the pass
     shift         s of the time shift, and `shift_rows`, the number of video rows it is for; 0: the same for all shots
-    text_scale    λ of the positions the weights were trained with
+    text_scale    λ of the positions the weights were trained with, and `one_place`, whether all shots shared them
     dtype         of the streams, keys and values, such as "bfloat16"; the weights' own by default. Latents and times
                   stay in fp32 (fp64 with fp64 weights) whatever it is
     """
 
     steps: int = 20
     guidance: float = 1.0
-    history_time: float = 0.1
+    history_guidance: float = 1.0
+    history_time: float | tuple[float, ...] = 0.1
+    keep: str = "pass"
     shift: float = 1.0
     shift_rows: int = 0
     text_scale: float = 1.0
+    one_place: bool = False
     dtype: str | None = None
 
     def __post_init__(self):
@@ -103,10 +116,32 @@ class Sampling:
             raise ValueError(f"dtype: expected one of {COMPUTE_DTYPES}, got {self.dtype!r}")
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
-        if not 0 <= self.history_time < 1:
-            raise ValueError(f"history_time: expected 0 <= t_c < 1, got {self.history_time}")
+        for name in ("guidance", "history_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
+        if self.keep not in KEEP:
+            raise ValueError(f"keep: expected one of {KEEP}, got {self.keep!r}")
+        if not self.history_times:
+            raise ValueError("history_time: expected a number, or one or more by age, got none")
+        for time in self.history_times:
+            _check_history_time(time)
+
+    @classmethod
+    def of(cls, config: Any, **options) -> Sampling:
+        """For weights trained with a `TrainConfig`: its time shift and positions; `options` are the other fields."""
+        shared = {name: getattr(config, name) for name in ("shift", "shift_rows", "text_scale", "one_place")}
+        return cls(**shared | options)
+
+    @property
+    def history_times(self) -> tuple[float, ...]:
+        """t_c by age; one number where it is the same at all ages."""
+        return self.history_time if isinstance(self.history_time, tuple) else (self.history_time,)
+
+    def time_of(self, request: ShotRequest, age: int = 0) -> float:
+        """t_c of a finished shot with `age` others after it."""
+        if request.history_time is not None:
+            return request.history_time
+        return 0.0 if request.given is not None else self.history_times[min(age, len(self.history_times) - 1)]
 
     def compute_dtype(self, model: MMDiT) -> torch.dtype:
         """dtype of a forward pass."""
@@ -166,9 +201,18 @@ def shot_noise(request: ShotRequest, purpose: int, like: Tensor) -> Tensor:
 
 
 def as_history(clean: Tensor, request: ShotRequest, time: float) -> Tensor:
-    """A finished shot perturbed to t_c, with noise drawn once from the shot's seed (§ 4.2)."""
-    return torch.lerp(clean, shot_noise(request, HISTORY, clean), time)
+    """A finished shot perturbed to t_c, with noise drawn once from the shot's seed (§ 4.2); itself at t_c = 0."""
+    return torch.lerp(clean, shot_noise(request, HISTORY, clean), time) if time else clean
 
 
-def guided(prompted: Tensor, null: Tensor, guidance: float) -> Tensor:
-    return torch.lerp(null, prompted, guidance)
+def guided(velocities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """v + Σ (w − 1)(v − v') over the branches v' behind the first, each with its weight."""
+    first, *others = velocities
+    for other, weight in zip(others, weights, strict=True):
+        first = first + (weight - 1) * (velocities[0] - other)
+    return first
+
+
+def _check_history_time(time: float) -> None:
+    if not 0 <= time < 1:
+        raise ValueError(f"history_time: expected 0 <= t_c < 1, got {time}")

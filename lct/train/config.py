@@ -74,6 +74,10 @@ class TrainConfig:
     compute_dtype: str = "float32"
     shift_rows: int = 0
     """Video rows of the shot that the shift is for; larger shots get more of it. 0: the same for all."""
+    shared_time: bool = False
+    """One time for all shots of a scene instead of one for each (§ 3.2.3), to see what is lost by it."""
+    one_place: bool = False
+    """All shots of a scene at the same positions instead of one behind the other (§ 3.2.2), to see what is lost."""
 
     def __post_init__(self):
         if self.visibility not in VISIBILITIES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lct.model.config import lct_3b, tiny
+from lct.model.config import lct_3b, micro, tiny
 from lct.train.config import DataConfig, TrainConfig
 
 PRETRAINED = "asset:tiny_pretrained"
@@ -75,6 +75,58 @@ def tiny_causal() -> TrainConfig:
     )
 
 
+def micro_pretrain() -> TrainConfig:
+    """Single shots of two textured characters who come, go and return: the world of the findings."""
+    stage = tiny_pretrain()
+    return replace(
+        stage,
+        name="micro_pretrain",
+        model=micro(),
+        data=replace(stage.data, toy="cast", shots=9),
+        steps=10_000,
+        save_every=500,
+    )
+
+
+def micro_text_rope() -> TrainConfig:
+    """Text RoPE for `micro_pretrain`: the single-shot model that the findings compare with."""
+    stage = tiny_text_rope()
+    start = micro_pretrain()
+    return replace(
+        stage, name="micro_text_rope", model=start.model, data=start.data, init="runs/micro_pretrain", save_every=500
+    )
+
+
+def micro_lct() -> TrainConfig:
+    """Long context tuning on scenes of up to nine shots, as in the paper (§ 4)."""
+    stage, start = tiny_lct(), micro_text_rope()
+    return replace(
+        stage,
+        name="micro_lct",
+        model=start.model,
+        data=replace(start.data, single=0.2, cut=0.8 / 2, no_cut=0.8 / 2),
+        init="runs/micro_text_rope",
+        steps=5_000,
+        ema=0.995,
+        save_every=250,
+    )
+
+
+def micro_causal() -> TrainConfig:
+    """Context-causal tuning of `micro_lct`, a ninth of the steps and the rest (§ 3.3, Fig. 9)."""
+    return replace(
+        micro_lct(),
+        name="micro_causal",
+        init="runs/micro_lct",
+        visibility="context_causal",
+        steps=900,
+        lr=1e-3,
+        warmup=10,
+        ema=0.98,
+        save_every=50,
+    )
+
+
 def film() -> TrainConfig:
     """A few scenes of one's own film, ingested with `lct ingest`: context-causal tuning of the tiny model."""
     stage = tiny_causal()
@@ -131,7 +183,11 @@ def paper_lct_causal() -> TrainConfig:
 
 RUNS: dict[str, Callable[[], TrainConfig]] = {
     run.__name__: run
-    for run in (tiny_pretrain, tiny_text_rope, tiny_lct, tiny_causal, film, paper_lct, paper_lct_causal)
+    for run in (
+        tiny_pretrain, tiny_text_rope, tiny_lct, tiny_causal,
+        micro_pretrain, micro_text_rope, micro_lct, micro_causal,
+        film, paper_lct, paper_lct_causal,
+    )  # fmt: skip
 }
 
 

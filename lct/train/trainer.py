@@ -110,7 +110,7 @@ class Trainer:
         c = self.config
         return draw_batch(
             self.dataset, self.model.encoder.tokenize, c.model.patch, c.visibility, c.data.mixture,
-            c.data.image_probability, c.data.drop_probability, c.scenes, c.seed, step,
+            c.data.image_probability, c.data.drop_probability, c.scenes, c.seed, step, c.shared_time, c.one_place,
         )  # fmt: skip
 
     def train_step(self) -> StepRecord:

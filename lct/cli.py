@@ -1,4 +1,4 @@
-"""The command line: `lct demo`, `train`, `sample`, `ingest`, `mask`, `estimate`, `doctor`, `bench`; without torch.
+"""The command line: `lct demo`, `train`, `sample`, `direct`, `ingest`, `mask`, `estimate`, `doctor`, `bench`; without torch.
 
 What a user can mend is a ValueError, OSError or ImportError; `main` prints it in one line and exits with 2.
 """
@@ -116,6 +116,55 @@ def sample(
     sampling = Sampling.of(config, steps=steps, guidance=guidance, history_time=history_time, dtype=dtype)
     target = out or folder.with_name(f"{folder.name}-sample")
     print(sample_scene(model, scene, target, sampling, config.visibility, mode, fps, impl))
+
+
+@dataclass(frozen=True)
+class DirectCommand:
+    """Direct a scene shot by shot."""
+
+    scene: tyro.conf.Positional[Path]
+    """A scene.toml or its folder; or the project itself."""
+    weights: str | None = None
+    """What generates: a .safetensors file, a checkpoint folder, or asset:NAME. Needed to begin."""
+    project: Path | None = None
+    """Folder of boards and takes; SCENE-direct by default."""
+    steps: int | None = None
+    """Denoising steps."""
+    guidance: float | None = None
+    """Weight of the prompts; 1 is without guidance."""
+    history_guidance: float | None = None
+    """Weight of the shots that a new one sees; 1 is without guidance."""
+    history_time: float | None = None
+    """t_c, the noise level of takes as history (§ 4.2)."""
+    fps: float | None = None
+    """Frames a second of the films; the scene file's by default."""
+    device: str = "cpu"
+    impl: str = "auto"
+    """Attention implementation."""
+
+
+def direct(scene: tyro.conf.Positional[Path]) -> None:
+    """Direct a scene shot by shot: `lct direct SCENE [ACTION]`. Without an action it asks for them."""
+
+
+def _direct(arguments: list[str]) -> None:
+    """Options, then perhaps an action with its own arguments."""
+    from lct.direct.open import open_studio
+    from lct.direct.terminal import act, actions, converse
+
+    names = actions(None)  # type: ignore[arg-type]
+    at = next((i for i, word in enumerate(arguments) if i and word in names), len(arguments))
+    about = (
+        "Direct a scene shot by shot. ACTION is one of "
+        + ", ".join(names)
+        + "; without one, actions are asked for. `lct direct SCENE ACTION --help` says what it takes."
+    )
+    command = tyro.cli(DirectCommand, args=arguments[:at], prog="lct direct", description=about)
+    studio = open_studio(command)
+    if arguments[at:]:
+        act(studio, arguments[at:])
+    else:
+        converse(studio)
 
 
 def ingest(
@@ -241,7 +290,7 @@ def parse_layout(words: tuple[str, ...], visibility: str):
     return SceneLayout(scenes, visibility)
 
 
-COMMANDS = {f.__name__: f for f in (demo, train, sample, ingest, mask, estimate, doctor, bench)}
+COMMANDS = {f.__name__: f for f in (demo, train, sample, direct, ingest, mask, estimate, doctor, bench)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,6 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:
             _train(arguments[1:])
+            return 0
+        if arguments[:1] == ["direct"]:
+            _direct(arguments[1:])
             return 0
         if arguments[:1] == ["bench"]:
             return _bench(arguments[1:])

@@ -72,12 +72,13 @@ def generate(
     else:
         latents = joint(joint_model, requests, sampling, "isolated" if mode == "isolated" else "bidirectional")
     return [
-        [_frames(rows, request.video, patch) for rows, request in zip(scene, requested.shots, strict=True)]
+        [frames_of(rows, request.video, patch) for rows, request in zip(scene, requested.shots, strict=True)]
         for scene, requested in zip(latents, requests, strict=True)
     ]
 
 
-def _frames(rows: Tensor, video: tuple[int, int, int], patch: tuple[int, int, int]) -> np.ndarray:
+def frames_of(rows: Tensor, video: tuple[int, int, int], patch: tuple[int, int, int]) -> np.ndarray:
+    """Frames [T, H, W, 3] in [0, 1] of one generated shot."""
     return np.clip(to_frames(unpatchify(rows.float().cpu(), video, patch).numpy()), 0, 1)
 
 

@@ -423,7 +423,9 @@ def _offsets(offsets: object, scenes: tuple[tuple[Shot, ...], ...]) -> tuple[tup
         for b, scene in enumerate(_items("offsets", offsets, "numbers per scene and shot"))
     )
     if [len(scene) for scene in given] != [len(scene) for scene in scenes]:
-        raise ValueError(f"offsets: expected one for each shot, {[len(s) for s in scenes]}, got {list(map(len, given))}")
+        raise ValueError(
+            f"offsets: expected one for each shot, {[len(s) for s in scenes]}, got {list(map(len, given))}"
+        )
     if not all(isfinite(offset) for scene in given for offset in scene):
         raise ValueError("offsets: expected finite numbers")
     return given

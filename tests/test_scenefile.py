@@ -76,9 +76,9 @@ def test_load_sample_needs_media_for_every_shot(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", "shot: expected 1 to 9 shots, got 0"),
-        ("shot = []", "shot: expected 1 to 9 shots, got 0"),
-        (SHOT * 10, "shot: expected 1 to 9 shots, got 10; .*split"),
+        ("", "shot: expected 1 to 1000 shots, got 0"),
+        ("shot = []", "shot: expected 1 to 1000 shots, got 0"),
+        (SHOT * 1001, "shot: expected 1 to 1000 shots, got 1001; .*split"),
         ("shot = 3", "shot: expected an array of tables, got 3"),
         ("[shot]\nprompt = 'a'", "shot: expected an array of tables"),
         (SHOT + "promt = 'b'", "shot 1: key: expected one of prompt, .*, got 'promt'; perhaps you meant prompt"),
@@ -167,8 +167,8 @@ def test_latents_that_do_not_fit_are_refused(tmp_path, stored, words):
 @pytest.mark.parametrize(
     "scene, latents, words",
     [
-        (SceneFile(None, ()), {}, "1 to 9 shots, got 0"),
-        (SceneFile(None, (ShotEntry("a", True),) * 10), {}, "1 to 9 shots, got 10"),
+        (SceneFile(None, ()), {}, "1 to 1000 shots, got 0"),
+        (SceneFile(None, (ShotEntry("a", True),) * 1001), {}, "1 to 1000 shots, got 1001"),
         (SceneFile(None, (ShotEntry("[SHOT CUT] a", True),)), {}, "typed by hand"),
         (SceneFile(None, (ShotEntry(None, True),)), {}, "prompt: expected text"),
         (SceneFile(None, (ShotEntry("a", True, media="../a"),)), {"../a.video": noise(1, 2, 2, 3)}, "without folders"),

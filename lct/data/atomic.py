@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -15,14 +16,20 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path that replaces `path` when the block ends well and is deleted when it does not."""
+def new_file(path: str | Path, replaces: bool = True) -> Iterator[Path]:
+    """Give a temporary path that becomes `path` when the block ends well and is deleted when it does not.
+
+    replaces  an older file; False raises FileExistsError instead, also where another process was first
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
         yield temporary
-        temporary.replace(path)
+        if replaces:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -109,9 +109,7 @@ def read_shot(frames: np.ndarray) -> ShotReading:
     cover = np.clip((distance[shown] / strength - 0.25) / 0.5, 0, 1)
     centroids, mass = _centroids(cover), cover.sum((1, 2))
     whole = mass >= WHOLE * mass.max() if enters else np.ones(len(cover), bool)
-    framing, shape, texture, colour, misfit = _fit(
-        ground[shown][whole], empty, centroids[whole], unit(height, width)
-    )
+    framing, shape, texture, colour, misfit = _fit(ground[shown][whole], empty, centroids[whole], unit(height, width))
     if colour_error(colour, rgb) < VISIBLE:
         return nobody
     y, x = centroids[0] - _centre(shape, framing, unit(height, width))

@@ -14,7 +14,9 @@
     seed = 7                                      # *
     media = "shot-0"                              # * given: `shot-0.video` and perhaps `shot-0.images` of the latents
     frames = [0, 30]                              # * first and one past the last frame of the film it was cut from
+    sees = "all"                                  # * earlier shots: "all", "recent:K", "relevant:K", or numbers: [1, 3]
 
+Shots are counted from 1. A number under `sees` may be that of a later shot, where that one is made before.
 A file may come from a stranger: it names no paths, and every mistake is one line that says how to mend it.
 """
 
@@ -37,10 +39,12 @@ from lct.data.scenes import SHOT_CUT, SceneSample, ShotSample
 from lct.data.table import REQUIRED, Table, is_flag, is_integer, is_integers, is_positive, is_text
 
 SCENE, LATENTS = "scene.toml", "latents.safetensors"
-MAX_SHOTS = 9
+MAX_SHOTS = 9  # of a scene in training (§ 4)
+MOST_SHOTS = 1000  # of a file: a director's scene may be long
 MAX_BYTES = 1 << 20
 HAND_TYPED_CUT = re.compile(r"\[\s*shot\s*cut\s*\]", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SEES = re.compile(r"all|(recent|relevant):[1-9][0-9]{0,3}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class GlobalPrompt:
 
 @dataclass(frozen=True)
 class ShotEntry:
-    """One shot. size (T, H, W) in latent pixels; media names given latents; frames is a range of the source film."""
+    """One shot. size (T, H, W) in latent pixels; media names given latents; frames is a range of the source film; sees
+    is "all", "recent:K", "relevant:K", or the numbers of the shots it sees, counted from 1."""
 
     prompt: str
     cut: bool
@@ -67,6 +72,7 @@ class ShotEntry:
     seed: int | None = None
     media: str | None = None
     frames: tuple[int, int] | None = None
+    sees: str | tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,22 +95,36 @@ def read_scene(path: str | Path) -> SceneFile:
     """Read and check a scene; `path` is its folder or its toml file.
 
     Raises FileNotFoundError for a missing file; ValueError for what is unknown, of a wrong type or out of range, for
-    `[SHOT CUT]` typed by hand, for no shots or more than nine, and for media missing or not of the size stated.
+    `[SHOT CUT]` typed by hand, for no shots or more than 1000, and for media missing or not of the size stated.
     """
     path = Path(path)
     path = path / SCENE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a scene file, found nothing; give the folder that holds {SCENE}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes, got {path.stat().st_size}; shorten the prompts")
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected TOML in UTF-8, got {error}; mend the file there") from error
-    scene = _scene(Table(document, str(path)))
+    with path.open("rb") as file:
+        scene = parse_scene(file.read(MAX_BYTES + 1), str(path))
     if any(shot.media for shot in scene.shots):
         _check_media(Table({}, str(path)), scene, _shapes(path.parent / LATENTS))
     return scene
+
+
+def parse_scene(text: str | bytes, name: str) -> SceneFile:
+    """The scene that a text says, checked as by `read_scene` but for its media; errors call the text `name`."""
+    data = text.encode() if isinstance(text, str) else text
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{name}: expected at most {MAX_BYTES} bytes, got more; shorten the prompts")
+    try:
+        document = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: expected TOML in UTF-8, got {error}; mend the file there") from error
+    return _scene(Table(document, name))
+
+
+def scene_text(scene: SceneFile, name: str = SCENE) -> str:
+    """The text of a scene, which `parse_scene` turns back into it; ValueError where that would refuse it."""
+    document = _document(scene)
+    _scene(Table(document, name))
+    return _toml(document)
 
 
 def write_scene(folder: str | Path, scene: SceneFile, latents: Mapping[str, Any] | None = None) -> None:
@@ -114,15 +134,15 @@ def write_scene(folder: str | Path, scene: SceneFile, latents: Mapping[str, Any]
 
     Raises ValueError where `read_scene` would refuse the result, and where `folder` exists and is not empty.
     """
-    document = _document(scene)
-    table = Table(document, str(Path(folder) / SCENE))
+    table = Table({}, str(Path(folder) / SCENE))
+    text = scene_text(scene, table.file)
     arrays = {key: np.ascontiguousarray(value, dtype=np.float32) for key, value in (latents or {}).items()}
-    _check_media(table, _scene(table), {key: array.shape for key, array in arrays.items()})
+    _check_media(table, parse_scene(text, table.file), {key: array.shape for key, array in arrays.items()})
     unnamed = set(arrays) - {f"{shot.media}.{part}" for shot in scene.shots for part in ("video", "images")}
     if unnamed:
         table.fail("latents", "only keys that a shot names", sorted(unnamed), "set the shot's media")
     with new_folder(folder) as temporary:
-        (temporary / SCENE).write_text(_toml(document), encoding="utf-8")
+        (temporary / SCENE).write_text(text, encoding="utf-8")
         if arrays:
             save_file(arrays, temporary / LATENTS)
 
@@ -178,12 +198,12 @@ def _toml(document: Mapping[str, Any]) -> str:
 def _scene(table: Table) -> SceneFile:
     table.only("source", "codec", "fps", "global", "shot")
     shots = table.tables("shot")
-    if not 1 <= len(shots) <= MAX_SHOTS:
-        table.fail("shot", f"1 to {MAX_SHOTS} shots", len(shots), "add a [[shot]], or split the scene")
+    if not 1 <= len(shots) <= MOST_SHOTS:
+        table.fail("shot", f"1 to {MOST_SHOTS} shots", len(shots), "add a [[shot]], or split the scene")
     shared = table.table("global")
     return SceneFile(
         global_prompt=None if shared is None else _global_prompt(shared),
-        shots=tuple(_shot(shot) for shot in shots),
+        shots=tuple(_shot(shot, i, len(shots)) for i, shot in enumerate(shots, 1)),
         fps=table.take("fps", is_positive, "frames per second, above 0", "write for example fps = 8.0", None),
         source=table.take("source", is_text, "the film's name", 'write for example source = "film.mp4"', None),
         codec=table.take("codec", is_text, "a codec's name", 'write for example codec = "pixel/8"', None),
@@ -200,8 +220,8 @@ def _global_prompt(table: Table) -> GlobalPrompt:
     return GlobalPrompt(people, _prompt(table, "environment", ""), _prompt(table, "story", ""))
 
 
-def _shot(table: Table) -> ShotEntry:
-    table.only("prompt", "cut", "size", "seed", "media", "frames")
+def _shot(table: Table, number: int, shots: int) -> ShotEntry:
+    table.only("prompt", "cut", "size", "seed", "media", "frames", "sees")
     size = table.take(
         "size", is_integers(3, 1), "three positive integers, frames, height, width", "write size = [4, 30, 30]", None
     )
@@ -210,6 +230,13 @@ def _shot(table: Table) -> ShotEntry:
     )
     if frames and frames[0] >= frames[1]:
         table.fail("frames", "a first frame before the end", frames, "write for example frames = [0, 30]")
+    sees = table.take(
+        "sees",
+        lambda value: _is_sees(value, number, shots),
+        f'"all", "recent:K", "relevant:K", or distinct numbers of 1 to {shots} without {number}, the shot itself',
+        'write for example sees = "recent:3" or sees = [1, 2]',
+        None,
+    )
     return ShotEntry(
         prompt=_prompt(table, "prompt"),
         cut=table.take("cut", is_flag, "true or false", "write cut = true in a scene of several shots with cuts"),
@@ -217,7 +244,15 @@ def _shot(table: Table) -> ShotEntry:
         seed=table.take("seed", is_integer, "an integer from 0 up", "write for example seed = 7", None),
         media=table.take("media", _is_name, "a name without folders", 'write for example media = "shot-0"', None),
         frames=frames and tuple(frames),
+        sees=tuple(sees) if isinstance(sees, list) else sees,
     )
+
+
+def _is_sees(value: Any, number: int, shots: int) -> bool:
+    if is_text(value):
+        return SEES.fullmatch(value) is not None
+    others = isinstance(value, list | tuple) and all(is_integer(item, 1) and item <= shots for item in value)
+    return others and number not in value and len(set(value)) == len(value)
 
 
 def _is_name(value: Any) -> bool:

@@ -90,7 +90,9 @@ class CachedHistory(_History):
         parts = v.split([len(x) for x in z for _ in range(copies)])
         return [parts[i : i + copies] for i in range(0, len(parts), copies)]
 
-    def commit(self, new: Sequence[Prompted], requests: Sequence[ShotRequest] | None, latents: Sequence[Tensor]) -> None:
+    def commit(
+        self, new: Sequence[Prompted], requests: Sequence[ShotRequest] | None, latents: Sequence[Tensor]
+    ) -> None:
         """Finished shots become history: by one pass over them at t_c, or with what `velocity` kept."""
         if self._kept:
             slots = self._own_slots()
@@ -185,7 +187,9 @@ class PooledHistory(CachedHistory):
     def _layout(self, new: Sequence[Prompted]) -> SceneLayout:
         return SceneLayout(super()._layout(new).scenes, self.visibility, self._offsets(new))
 
-    def commit(self, new: Sequence[Prompted], requests: Sequence[ShotRequest] | None, latents: Sequence[Tensor]) -> None:
+    def commit(
+        self, new: Sequence[Prompted], requests: Sequence[ShotRequest] | None, latents: Sequence[Tensor]
+    ) -> None:
         """One pass, over the chosen shots, writes the keys and values into the pool, unless a step's are there."""
         if not self._admitted:
             slots = self.pool.admit([p.shot.rows for p in new]).to(self.device)
@@ -252,6 +256,8 @@ class RecomputedHistory(_History):
         last = [[next(parts) for _ in scene][-1] for scene in scenes]
         return [tuple(last[b :: len(z)]) for b in range(len(z))]
 
-    def commit(self, new: Sequence[Prompted], requests: Sequence[ShotRequest] | None, latents: Sequence[Tensor]) -> None:
+    def commit(
+        self, new: Sequence[Prompted], requests: Sequence[ShotRequest] | None, latents: Sequence[Tensor]
+    ) -> None:
         self._remember(new)
         self.finished.append((requests, latents))

@@ -14,6 +14,7 @@ from lct.sample.request import (
     Prompted,
     Sampling,
     SceneRequest,
+    as_history,
     clean_latents,
     features,
     guided,
@@ -30,23 +31,27 @@ def joint(
     visibility: str = "bidirectional",
     impl: str = "auto",
 ) -> list[list[Tensor]]:
-    """Denoise all shots of every scene together; shots that are given condition the others at t = 0.
+    """Denoise all shots of every scene together; shots that are given condition the others, at t = 0 or times of their
+    own.
 
     Returns, per scene and shot, latents as packed patches [T·H·W, patch channels]. What the model says of given shots
     is discarded; their latents come back bitwise as they were.
     """
     like = state(model)
-    prompted, null, latents, made = [], [], [], []
+    prompted, null, latents, made, times_given = [], [], [], [], []
     for scene in scenes:
         cond = [Prompted.global_prompt(model, scene.global_prompt)] if scene.global_prompt is not None else []
         uncond = list(cond)
         latents += [like.new_zeros(1, like.shape[1])] * len(cond)
         made += [False] * len(cond)
+        times_given += [0.0] * len(cond)
         for shot in scene.shots:
             cond.append(Prompted.of(model, shot))
             uncond.append(cond[-1] if shot.given is not None else Prompted.of(model, shot, ""))
             given = shot.given is not None
-            latents.append(clean_latents(shot, model) if given else shot_noise(shot, START, like))
+            times_given.append(sampling.time_of(shot) if given else 1.0)
+            clean = clean_latents(shot, model) if given else shot_noise(shot, START, like)
+            latents.append(as_history(clean, shot, times_given[-1]) if given else clean)
             made.append(not given)
         prompted.append(cond)
         null.append(uncond)
@@ -60,13 +65,16 @@ def joint(
     rows = is_made[shot_of_row].nonzero()[:, 0].to(like.device)
     shots = [p.shot for scene in prompted for p in scene]
     for now, then in sampling.times(shots):
-        times = torch.where(is_made, now, 0.0).to(like.device)
+        times = torch.where(is_made, now, torch.tensor(times_given)).to(like.device)
         branches = [v for one in passes for v in one.velocities(z, times, impl)]
         step = (then - now)[shot_of_row].to(like)[:, None]
         z[rows] += (step * guided(branches, weights))[rows]
     parts = iter(z.split([shot.video_rows for shot in shots]))
     finished = [[next(parts) for _ in scene] for scene in prompted]
-    return [s if scene.global_prompt is None else s[1:] for s, scene in zip(finished, scenes, strict=True)]
+    return [
+        [x if shot.given is None else clean_latents(shot, model) for x, shot in zip(rows, scene.shots, strict=True)]
+        for rows, scene in zip((f[-len(s.shots) :] for f, s in zip(finished, scenes, strict=True)), scenes, strict=True)
+    ]
 
 
 class _Pass:

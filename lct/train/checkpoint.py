@@ -98,9 +98,7 @@ def save_weights(
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
     """Weights and their configuration, from a file of `save_weights`, an "asset:NAME" of this package, or the moving
     average from a checkpoint or a folder of checkpoints, whose hashes are checked first."""
-    path = Path(path)
-    if str(path).startswith(ASSET):
-        path = ASSETS / f"{str(path).removeprefix(ASSET)}.safetensors"
+    path = _resolved(path)
     if path.suffix != ".safetensors":
         folder = latest(path)
         verify(folder)
@@ -113,6 +111,23 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
             return {name: file.get_tensor(name) for name in file.keys()}, TrainConfig.from_dict(config)  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a weights file of this project, or a damaged one ({error!r})") from None
+
+
+def _resolved(path: str | Path) -> Path:
+    """The file of an "asset:NAME", other paths as they are."""
+    if str(path).startswith(ASSET):
+        return ASSETS / f"{str(path).removeprefix(ASSET)}.safetensors"
+    return Path(path)
+
+
+def digest_of(path: str | Path) -> str:
+    """A hash that tells these weights from others: of the file, or of the newest checkpoint's manifest."""
+    path = _resolved(path)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
+        return _sha256(path)
+    return verify(latest(path))["sha256"]
 
 
 def load_config(folder: Path) -> TrainConfig:

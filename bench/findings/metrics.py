@@ -1,0 +1,161 @@
+"""What generated toy shots show, as arrays [scenes, shots], and means over scenes with 95 % intervals.
+
+Nothing here knows how a shot was made. Identity is compared with the truth where media of the truth were given, with a
+character's own first appearance where nothing was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lct.data.ingest import find_cuts
+from lct.data.readout import ShotReading, character_distance, colour_error, read_shot, score_reading
+from lct.data.scenes import SceneSample
+from lct.data.toy import to_frames
+from lct.evaluate import Frames, Mean95
+
+TEXT = ("visible", "enters", "motion", "corner", "framing", "place", "light")
+"""What a shot's prompts name; `text` is their mean."""
+SHOWN_LARGER = 6
+"""A detector of cuts wants more than 16 pixels and three frames a shot: every pixel so many times, every frame too."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores of a batch of scenes by name, each float [scenes, shots], NaN where a shot has none.
+
+    text                   share of what the prompts say that is right
+    colour, texture        identity of the character: distance in RGB, share of right textures
+    background             distance in RGB
+    identity               the mean of colour and background
+    misfit                 rms difference from the cleanest drawing of what is shown
+    saturation, detail     the same of the true shot subtracted: mean of max − min over RGB; rms of the second differences
+    gap                    shots since the character was last seen, 0 where it was not
+    """
+
+    scores: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.scores[name]
+
+    def per_scene(self, name: str, shots: slice | Sequence[int] = slice(None)) -> np.ndarray:
+        """Mean over some shots of every scene, [scenes]; NaN where none of them has a score."""
+        return mean_known(self.scores[name][:, shots], 1)
+
+
+def mean_known(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of what is not NaN; NaN where nothing is."""
+    known = np.isfinite(values)
+    total = np.where(known, values, 0).sum(axis)
+    count = known.sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def measure(frames: Frames, samples: Sequence[SceneSample], given: Sequence[int] = ()) -> Measured:
+    """Scores of scenes against their truth; given shots have none, but show whom later ones are compared with."""
+    rows = [_scene(shots, sample, frozenset(given)) for shots, sample in zip(frames, samples, strict=True)]
+    names = rows[0][0]
+    return Measured({name: np.array([[shot[name] for shot in scene] for scene in rows]) for name in names})
+
+
+def _scene(shots: Sequence[np.ndarray], sample: SceneSample, given: frozenset[int]) -> list[dict[str, float]]:
+    truth = sample.truth
+    known: dict[int, ShotReading | None] = {}  # a character's first appearance; None where it is the truth's own
+    last: dict[int, int] = {}
+    place: np.ndarray | None = np.asarray(truth.background_rgb) if given else None
+    scores = []
+    for i, shot in enumerate(shots):
+        reading, want = read_shot(shot), truth.shots[i]
+        s = score_reading(reading, truth, i)
+        s["text"] = float(np.nanmean([s[name] for name in TEXT]))
+        s["colour"], s["background"], s["gap"] = np.nan, np.nan, 0.0
+        shape_known = s.pop("texture")
+        s["texture"] = np.nan
+        if want.who is not None:
+            s["gap"] = float(i - last.get(want.who, i))
+            if want.who in known:
+                first = known[want.who]
+                rgb = truth.characters[want.who].rgb if first is None else first.character_rgb
+                s["colour"] = character_distance(reading.character_rgb, rgb)
+                s["texture"] = shape_known if first is None else float(reading.texture == first.texture)
+            elif i in given or reading.visible:
+                known[want.who] = None if i in given else reading
+            last[want.who] = i
+        if place is None:
+            place = reading.background_rgb
+        else:
+            s["background"] = colour_error(reading.background_rgb, place)
+        s["identity"] = (s["colour"] + s["background"]) / 2
+        true = to_frames(sample.shots[i].latents)
+        s["saturation"] = saturation(shot) - saturation(true)
+        s["detail"] = detail(shot) - detail(true)
+        if i in given:
+            s = {name: np.nan for name in s}
+        scores.append(s)
+    return scores
+
+
+def saturation(frames: np.ndarray) -> float:
+    """Mean of max − min over RGB of frames [T, H, W, 3]."""
+    return float((frames.max(-1) - frames.min(-1)).mean())
+
+
+def detail(frames: np.ndarray) -> float:
+    """rms of the second differences of neighbouring pixels, across and down: what blur takes away first."""
+    across = np.diff(frames, 2, axis=2)
+    down = np.diff(frames, 2, axis=1)
+    return float(np.sqrt((np.square(across).mean() + np.square(down).mean()) / 2))
+
+
+def by_gap(measured: Measured, name: str, gaps: Sequence[tuple[int, int]]) -> list[Mean95]:
+    """A score of shots whose character was last seen so many shots ago, (least, most) of each group."""
+    gap, values = measured["gap"], measured[name]
+    return [Mean95.of(values[(gap >= a) & (gap <= b)].tolist()) for a, b in gaps]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Cuts found within two frames of a marked seam, of how many seams, and how many were found elsewhere."""
+
+    found: int
+    marked: int
+    false: int
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.found / max(1, 2 * self.found + self.false + self.marked - self.found)
+
+
+def cut_accuracy(frames: Frames, cuts: Sequence[Sequence[bool]]) -> Cuts:
+    """Does a detector find a cut at the seams where one is marked, and at no other place?
+
+    cuts  per scene and shot, True where a cut stands before the shot
+    """
+    found = marked = false = 0
+    for scene, before in zip(frames, cuts, strict=True):
+        film = np.concatenate([_for_detector(shot) for shot in scene])
+        starts = np.cumsum([0, *(len(shot) * SHOWN_LARGER for shot in scene)])
+        wanted = [start for start, cut in zip(starts[1:-1].tolist(), before[1:], strict=True) if cut]
+        got = find_cuts(film, 24.0)
+        hits = {w for w in wanted if any(abs(g - w) <= 2 for g in got)}
+        found, marked = found + len(hits), marked + len(wanted)
+        false += sum(all(abs(g - w) > 2 for w in wanted) for g in got)
+    return Cuts(found, marked, false)
+
+
+def _for_detector(shot: np.ndarray) -> np.ndarray:
+    """uint8 frames, larger, blended from one to the next so that motion is smooth."""
+    t = np.linspace(0, len(shot) - 1, len(shot) * SHOWN_LARGER)
+    low = np.floor(t).astype(int)
+    high = np.minimum(low + 1, len(shot) - 1)
+    part = (t - low)[:, None, None, None]
+    frames = (shot[low] * (1 - part) + shot[high] * part).repeat(SHOWN_LARGER, 1).repeat(SHOWN_LARGER, 2)
+    return np.round(255 * np.clip(frames, 0, 1)).astype(np.uint8)
+
+
+def paired(a: np.ndarray, b: np.ndarray) -> Mean95:
+    """a − b scene by scene, where both are known."""
+    return Mean95.of((a - b).tolist())

@@ -1,0 +1,188 @@
+"""What a director has decided: the shots as they are wanted, and for each the take that stands for it.
+
+A take is made from *inputs*: prompts, size, seed, settings, and the takes that it saw. Its name is a hash of them, so takes
+form a graph: one whose inputs are no longer those that its shot asks for is *stale*, and asking again for what was
+made before finds it. Boards are values; every action makes a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry
+from lct.data.scenes import shot_prompt
+from lct.sample.select import choose
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How takes are made: part of every take's inputs. digest is a hash of the weights."""
+
+    weights: str
+    digest: str
+    steps: int = 20
+    guidance: float = 1.5
+    history_guidance: float = 1.0
+    history_time: float = 0.1
+
+
+@dataclass(frozen=True)
+class Card:
+    """One shot on the board.
+
+    name   stays with the shot wherever it stands
+    sees   which shots it sees, as in a scene file, but explicit ones by name; None: as many as training had, see `choose`
+    take   the take that stands for it, None while there is none
+    kept   approved: nothing but `reroll` and `keep` change its take
+    """
+
+    name: str
+    prompt: str
+    cut: bool
+    size: tuple[int, int, int] | None = None
+    seed: int = 0
+    sees: str | tuple[str, ...] | None = None
+    take: str | None = None
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Board:
+    """The shots in order, what they share, and the branch of the story that this is."""
+
+    global_prompt: GlobalPrompt | None
+    cards: tuple[Card, ...]
+    settings: Settings
+    fps: float
+    codec: str
+    branch: str = "main"
+    action: str = "begin"
+    turn: int = 0  # of actions so far; one that makes several takes leaves as many boards with the same turn
+    names: int = 0  # of cards ever made, so that no name is used twice
+
+    @classmethod
+    def of(cls, scene: SceneFile, settings: Settings, fps: float) -> Board:
+        """The board of a scene file, no take made."""
+        names = [f"shot-{i + 1}" for i in range(len(scene.shots))]
+        cards = tuple(
+            Card(
+                name,
+                entry.prompt,
+                entry.cut,
+                entry.size,
+                i if entry.seed is None else entry.seed,
+                entry.sees if isinstance(entry.sees, str | None) else tuple(names[n - 1] for n in entry.sees),
+            )
+            for i, (name, entry) in enumerate(zip(names, scene.shots, strict=True))
+        )
+        return cls(scene.global_prompt, cards, settings, fps, scene.codec or "pixel/1", names=len(cards))
+
+    def number(self, shot: int) -> int:
+        """Index of the shot that people call `shot`, counting from 1; ValueError where there is none."""
+        if not 1 <= shot <= len(self.cards):
+            raise ValueError(f"shot: expected 1 to {len(self.cards)}, got {shot}; `status` lists them")
+        return shot - 1
+
+    def index(self, name: str) -> int | None:
+        """Where the card called `name` stands; None where it was removed."""
+        return next((i for i, card in enumerate(self.cards) if card.name == name), None)
+
+    def with_card(self, index: int, action: str, **changes: Any) -> Board:
+        """The board after an action on one card."""
+        card = replace(self.cards[index], **changes)
+        return replace(self, cards=(*self.cards[:index], card, *self.cards[index + 1 :]), action=action)
+
+    def add(self, card: Card, action: str) -> Board:
+        """The board with one more card at the end, named anew."""
+        named = replace(card, name=f"shot-{self.names + 1}")
+        return replace(self, cards=(*self.cards, named), names=self.names + 1, action=action)
+
+    def seen(self, index: int) -> list[int]:
+        """Indices of the shots that a shot sees, in the order in which they stand before it; removed ones left out."""
+        card = self.cards[index]
+        if isinstance(card.sees, tuple):
+            found = [self.index(name) for name in card.sees]
+            return [i for i in found if i is not None]
+        prompts = [c.prompt for c in self.cards[: index + 1]]
+        return choose(card.sees, prompts, index)
+
+    def wanted(self, index: int) -> Inputs:
+        """The inputs of the take that a shot asks for now. ValueError where a shot that it sees has no take yet, and
+        where it has no size."""
+        card = self.cards[index]
+        if card.size is None:
+            raise ValueError(f"shot {index + 1} has no size; give it size = [frames, height, width]")
+        seen = self.seen(index)
+        missing = [i + 1 for i in seen if self.cards[i].take is None]
+        if missing:
+            raise ValueError(
+                f"shot {index + 1} sees shot {missing[0]}, of which there is no take; `make {missing[0]}`, "
+                f"or choose with `sees {index + 1} …`"
+            )
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "weights"}
+        return {
+            "shot": card.name,
+            "prompt": shot_prompt(card.prompt, card.cut),
+            "global": None if self.global_prompt is None else self.global_prompt.text(),
+            "size": list(card.size),
+            "seed": card.seed,
+            "saw": [self.cards[i].take for i in seen],
+            "settings": settings,
+        }
+
+    def is_stale(self, index: int, made_from: Inputs) -> bool:
+        """Whether the take of a shot, made from these inputs, is no longer what the shot asks for. Media that were
+        given never are."""
+        if "media" in made_from:
+            return False
+        try:
+            return self.wanted(index) != made_from
+        except ValueError:
+            return True
+
+    def to_scene(self, media: Sequence[str | None]) -> SceneFile:
+        """The scene file of this board; `media` names the latents of each shot."""
+        numbers = {card.name: i + 1 for i, card in enumerate(self.cards)}
+        shots = tuple(
+            ShotEntry(
+                card.prompt,
+                card.cut,
+                card.size,
+                card.seed,
+                name,
+                sees=tuple(numbers[n] for n in card.sees if n in numbers)
+                if isinstance(card.sees, tuple)
+                else card.sees,
+            )
+            for card, name in zip(self.cards, media, strict=True)
+        )
+        return SceneFile(self.global_prompt, shots, self.fps, codec=self.codec)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Board:
+        """The inverse of `to_json`; ValueError for anything else."""
+        try:
+            values = json.loads(text)
+            shared, settings = values.pop("global_prompt"), Settings(**values.pop("settings"))
+            cards = tuple(
+                Card(**{k: tuple(v) if isinstance(v, list) else v for k, v in card.items()})
+                for card in values.pop("cards")
+            )
+            return cls(None if shared is None else GlobalPrompt(**shared), cards, settings, **values)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"expected a board of this version, got {error!r}") from None
+
+
+def take_name(inputs: Inputs) -> str:
+    """Name of the take made from these inputs: the same inputs, the same take."""
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return f"{inputs['shot']}-{digest[:10]}"

@@ -1,0 +1,427 @@
+"""Every action of a director, each a method that can be called from a terminal, a script or the page.
+
+A project is a folder: `boards/` holds the board after every action, `takes/` a folder per take. Both are only added to, so
+nothing is lost: undoing goes back a board, and a take that was made once is found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from lct.data.atomic import check_vacant, new_file, new_folder
+from lct.data.ingest import fit
+from lct.data.latents import PixelCodec, patchify, size_in_patches, unpatchify
+from lct.data.scenefile import parse_scene, read_scene, scene_text, write_scene
+from lct.data.scenes import shot_prompt
+from lct.data.video import CONTAINERS, read_video, video_package, write_video
+from lct.direct.board import Board, Card, Inputs, Settings, take_name
+from lct.draw import contact_sheet
+from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
+from lct.sample.select import choose
+from lct.train.checkpoint import digest_of, load_model
+
+BOARDS, TAKES = "boards", "takes"
+TAKE, LATENTS, FILM, SHEET = "take.json", "latents.safetensors", "shot.mp4", "sheet.png"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+LARGEST_PICTURE = 64 << 20  # pixels
+
+Report = Callable[[str], None]
+
+
+class Studio:
+    """A project and the actions on it. Shots are counted from 1, as in a scene file.
+
+    folder  of a project that `begin` made
+    report  told of every take as it is made
+    """
+
+    def __init__(self, folder: str | Path, device: str = "cpu", impl: str = "auto", report: Report = lambda line: None):
+        self.folder, self.device, self.impl, self.report = Path(folder), device, impl, report
+        if not (self.folder / BOARDS).is_dir():
+            raise ValueError(
+                f"{self.folder}: expected a director's project; begin one with lct direct SCENE --weights …"
+            )
+        self._loaded: tuple[str, Any, Any] | None = None
+
+    @classmethod
+    def begin(cls, scene: Path, folder: Path, settings: Settings, fps: float | None = None, **options) -> Studio:
+        """Make a project of a scene file; shots with media become given takes. Raises what `read_scene` raises, and
+        ValueError where `folder` exists and is not empty."""
+        check_vacant(folder)
+        video_package("av")
+        file = read_scene(scene)
+        board = Board.of(file, settings, fps or file.fps or 6.0)
+        for card in range(len(board.cards)):
+            board.seen(card)  # a rule that does not hold is said now
+        source = scene if scene.is_dir() else scene.parent
+        with new_folder(folder) as temporary:
+            (temporary / BOARDS).mkdir()
+            (temporary / TAKES).mkdir()
+            studio = cls(temporary, **options)
+            for i, entry in enumerate(file.shots):
+                if entry.media is not None:
+                    latents = load_file(source / "latents.safetensors")[f"{entry.media}.video"]
+                    board = studio._given(board, i, latents, f"shot {i + 1} of {scene.name}")
+            studio._write_board(replace(board, action=f"begin with {scene.name}"))
+        return cls(folder, **options)
+
+    @classmethod
+    def open(cls, folder: Path, changes: dict[str, Any], **options) -> Studio:
+        """An existing project; `changes` of its settings make every take stale that was made with others."""
+        studio = cls(folder, **options)
+        board = studio.board
+        settings = replace(board.settings, **changes)
+        if settings != board.settings:
+            studio._write_board(replace(board, settings=settings, action=f"settings {' '.join(changes)}"))
+        return studio
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def board(self) -> Board:
+        """The board as it stands, read anew: another process may have acted."""
+        newest = self._boards()[-1]
+        try:
+            return Board.from_json(newest.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{newest}: {error}; remove the file to go back to the board before it") from None
+
+    def _boards(self) -> list[Path]:
+        found = sorted((self.folder / BOARDS).glob("[0-9]*.json"))
+        if not found:
+            raise ValueError(f"{self.folder}: expected a board in {BOARDS}/, found none; begin the project again")
+        return found
+
+    def take_folder(self, take: str) -> Path:
+        return self.folder / TAKES / take
+
+    def inputs(self, take: str) -> Inputs:
+        """What a take was made from."""
+        return json.loads((self.take_folder(take) / TAKE).read_text(encoding="utf-8"))
+
+    def takes(self, shot: int) -> list[str]:
+        """All takes of a shot, oldest first."""
+        name = self.board.cards[self.board.number(shot)].name
+        found = (p for p in (self.folder / TAKES).glob(f"{name}-*") if (p / TAKE).is_file())
+        own = [p for p in found if self.inputs(p.name)["shot"] == name]
+        return [p.name for p in sorted(own, key=lambda p: ((p / TAKE).stat().st_mtime_ns, p.name))]
+
+    def state(self, index: int, board: Board | None = None) -> str:
+        """ "empty", "given", "made" or "stale"."""
+        board = board or self.board
+        take = board.cards[index].take
+        if take is None:
+            return "empty"
+        made_from = self.inputs(take)
+        if "media" in made_from:
+            return "given"
+        return "stale" if board.is_stale(index, made_from) else "made"
+
+    # -- making --------------------------------------------------------------------------------------------------
+
+    def make(self, *shots: int, all: bool = False) -> list[str]:
+        """Make the takes that are missing: of the shots named, of all, or of the first that has none."""
+        board = self.board
+        empty = [i + 1 for i, card in enumerate(board.cards) if card.take is None]
+        todo = list(shots) or (empty if all else empty[:1])
+        if not todo:
+            raise ValueError("make: every shot has a take; `reroll` one, `refresh` stale ones, or `extend` the scene")
+        numbers = [board.number(shot) for shot in todo]
+        action = f"make {' '.join(map(str, todo))}"
+        return [self._take(index, action, again=i > 0) for i, index in enumerate(numbers)]
+
+    def reroll(self, shot: int, seed: int | None = None) -> list[str]:
+        """A new take of one shot, with a new seed; every other file stays as it is, and shots that saw it become stale."""
+        board = self.board
+        index = board.number(shot)
+        if seed is None:
+            seed = 1 + max([board.cards[index].seed, *(self.inputs(t).get("seed", 0) for t in self.takes(shot))])
+        return [self._take(index, f"reroll {shot}", seed=seed, kept=False)]
+
+    def refresh(self, *shots: int) -> list[str]:
+        """Make stale takes anew, with the same seeds over the history as it is now: those named, or all but kept ones."""
+        done = []
+        named = [self.board.number(shot) for shot in shots]
+        for index in range(len(self.board.cards)):  # in order: a take that changes makes later ones stale
+            wanted = index in named if shots else not self.board.cards[index].kept
+            if wanted and self.state(index) == "stale":
+                done.append(self._take(index, "refresh", again=bool(done)))
+        return done
+
+    def extend(
+        self,
+        prompt: str,
+        cut: bool = True,
+        size: tuple[int, int, int] | None = None,
+        seed: int | None = None,
+        sees: str | None = None,
+    ) -> list[str]:
+        """One more shot at the end, and its take: after a cut, or going on without one (§ 4.3). Its size is that of the
+        shot before, its seed its number."""
+        board = self.board
+        last = board.cards[-1]
+        card = Card("", prompt, cut, size or last.size, len(board.cards) if seed is None else seed)
+        board = board.add(card, f"extend {prompt}")
+        if sees is not None:
+            board = self._seeing(board, len(board.cards) - 1, sees.split())
+        self._check(board)
+        board.wanted(len(board.cards) - 1)  # before anything is written
+        self._sized(board, len(board.cards) - 1)
+        self._write_board(board)
+        return [self._take(len(board.cards) - 1, board.action, again=True)]
+
+    # -- deciding ------------------------------------------------------------------------------------------------
+
+    def keep(self, shot: int, take: str | None = None) -> None:
+        """Approve a shot's take, or another take of it, whose prompt, size and seed the shot then has."""
+        board = self.board
+        index = board.number(shot)
+        take = take or board.cards[index].take
+        if take is None or take not in self.takes(shot):
+            raise ValueError(f"take: expected one of {self.takes(shot)}, got {take!r}; `make {shot}` makes one")
+        made_from = self.inputs(take)
+        changes = {} if "media" in made_from else self._card_of(made_from)
+        self._write_board(board.with_card(index, f"keep {shot}", take=take, kept=True, **changes))
+
+    def _card_of(self, made_from: Inputs) -> dict[str, Any]:
+        cut = made_from["prompt"].startswith(shot_prompt("", True))
+        prompt = made_from["prompt"].removeprefix(shot_prompt("", True)).strip() if cut else made_from["prompt"]
+        return {"prompt": prompt, "cut": cut, "size": tuple(made_from["size"]), "seed": made_from["seed"]}
+
+    def sees(self, shot: int, *choice: str) -> None:
+        """Choose which shots a shot sees, and in which order: `all`, `recent:2`, `relevant:3`, or numbers; none for what
+        fits."""
+        board = self.board
+        index = board.number(shot)
+        self._write_board(replace(self._seeing(board, index, choice), action=f"sees {shot} {' '.join(choice)}"))
+
+    def _seeing(self, board: Board, index: int, choice: Sequence[str]) -> Board:
+        choice = [word for part in choice for word in part.replace(",", " ").split()]
+        if not choice:
+            return board.with_card(index, board.action, sees=None)
+        if not all(word.isdecimal() for word in choice):
+            choose(" ".join(choice), [c.prompt for c in board.cards[: index + 1]], index)
+            return board.with_card(index, board.action, sees=choice[0])
+        numbers = [board.number(int(word)) for word in choice]
+        if index in numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"sees: expected other shots, each once, got {' '.join(choice)} for shot {index + 1}")
+        return board.with_card(index, board.action, sees=tuple(board.cards[i].name for i in numbers))
+
+    def prompt(self, shot: int, text: str, cut: bool | None = None) -> None:
+        """Another prompt for a shot, and perhaps another transition to it; its take becomes stale."""
+        board = self.board
+        index = board.number(shot)
+        card = board.cards[index]
+        changed = board.with_card(index, f"prompt {shot}", prompt=text, cut=card.cut if cut is None else cut)
+        self._check(changed)
+        self._write_board(changed)
+
+    def give(self, shot: int, file: Path) -> None:
+        """Media of one's own for a shot, a picture or a film: it conditions the shots that see it (§ 4.3)."""
+        board = self.board
+        index = board.number(shot)
+        latents = self._encode(Path(file), board.cards[index].size, PixelCodec.named(board.codec), board.fps)
+        self._write_board(replace(self._given(board, index, latents, Path(file).name), action=f"give {shot} {file}"))
+
+    def add(self, prompt: str, file: Path | None = None, cut: bool = True) -> None:
+        """One more shot at the end without making it, or with media of one's own."""
+        board = self.board
+        board = board.add(Card("", prompt, cut, board.cards[-1].size, len(board.cards)), f"add {prompt}")
+        self._check(board)
+        if file is not None:
+            size = board.cards[-1].size
+            latents = self._encode(Path(file), size, PixelCodec.named(board.codec), board.fps)
+            board = self._given(board, len(board.cards) - 1, latents, Path(file).name)
+        self._write_board(board)
+
+    def remove(self, shot: int) -> None:
+        """Take a shot off the board; its takes stay on disk."""
+        board = self.board
+        index = board.number(shot)
+        if len(board.cards) == 1:
+            raise ValueError("remove: expected another shot beside it; a scene has at least one")
+        cards = board.cards[:index] + board.cards[index + 1 :]
+        self._write_board(replace(board, cards=cards, action=f"remove {shot}"))
+
+    def fork(self, name: str) -> None:
+        """Go on under another name; `switch` comes back to this branch as it is now."""
+        if name in self.branches():
+            raise ValueError(f"fork: expected a new name, got {name!r}; `switch {name}` goes there")
+        self._write_board(replace(self.board, branch=name, action=f"fork {name}"))
+
+    def switch(self, name: str) -> None:
+        """Go on with another branch where it was left."""
+        branches = self.branches()
+        if name not in branches:
+            raise ValueError(f"switch: expected one of {sorted(branches)}, got {name!r}; `fork {name}` makes one")
+        self._write_board(replace(branches[name], turn=self.board.turn, action=f"switch {name}"))
+
+    def branches(self) -> dict[str, Board]:
+        """Every branch, as it was left."""
+        boards = [Board.from_json(path.read_text(encoding="utf-8")) for path in self._boards()]
+        return {board.branch: board for board in boards}
+
+    def undo(self) -> str:
+        """Go back to the board before the last action, which is returned. Takes stay on disk."""
+        last = self.board
+        if last.turn == 0:
+            raise ValueError("undo: nothing was done yet")
+        for path in reversed(self._boards()):
+            if Board.from_json(path.read_text(encoding="utf-8")).turn != last.turn:
+                break
+            path.unlink()
+        return last.action
+
+    def export(self, out: Path) -> Path:
+        """The scene as one film, a contact sheet, and a scene folder with all latents, in a new folder."""
+        board = self.board
+        check_vacant(out)
+        missing = [i + 1 for i, card in enumerate(board.cards) if card.take is None]
+        if missing:
+            raise ValueError(f"export: shots {missing} have no take; `make --all` makes them, `remove` leaves one out")
+        latents = [self._latents(str(card.take)) for card in board.cards]
+        media = [f"shot-{i}" for i in range(len(latents))]
+        sized = tuple(replace(c, size=x.shape[:3]) for c, x in zip(board.cards, latents, strict=True))
+        codec = PixelCodec.named(board.codec)
+        frames = [codec.decode(x).numpy() for x in latents]
+        with new_folder(out) as temporary:
+            arrays = {f"{name}.video": x for name, x in zip(media, latents, strict=True)}
+            write_scene(temporary / "scene", replace(board, cards=sized).to_scene(media), arrays)
+            if len({x.shape[1:] for x in frames}) == 1:
+                write_video(temporary / "film.mp4", np.concatenate(frames), board.fps)
+            for i, shown in enumerate(frames):
+                write_video(temporary / f"shot-{i + 1}.mp4", shown, board.fps)
+            captions = [shot_prompt(c.prompt, c.cut) for c in board.cards]
+            contact_sheet([(board.branch, frames)], captions).save(temporary / "contact-sheet.png")
+        return out
+
+    # -- within --------------------------------------------------------------------------------------------------
+
+    def _check(self, board: Board) -> None:
+        """What a scene file refuses, such as `[SHOT CUT]` typed by hand, is refused here."""
+        parse_scene(scene_text(board.to_scene([None] * len(board.cards))), str(self.folder))
+
+    def _write_board(self, board: Board, again: bool = False) -> None:
+        """Make this the board; `again` as part of the action before, so that one `undo` takes both back."""
+        folder = self.folder / BOARDS
+        boards = sorted(folder.glob("[0-9]*.json"))
+        if boards and board.turn != self.board.turn:
+            raise ValueError(f"{self.folder}: somebody else acted on this project just now; look and try again")
+        board = replace(board, turn=board.turn + (not again) if boards else 0)
+        path = folder / f"{int(boards[-1].stem) + 1 if boards else 1:06d}.json"
+        try:
+            with new_file(path, replaces=False) as temporary:
+                temporary.write_text(board.to_json(), encoding="utf-8")
+        except FileExistsError:
+            raise ValueError(f"{path}: somebody else acted on this project just now; look and try again") from None
+
+    def _take(self, index: int, action: str, again: bool = False, **changes: Any) -> str:
+        """Find or make the take that a shot asks for, put it on the board, and return its name; see `_write_board`."""
+        board = self.board.with_card(index, action, **changes)
+        inputs = board.wanted(index)
+        name = take_name(inputs)
+        if not (self.take_folder(name) / TAKE).is_file():
+            self._generate(board, index, inputs, name)
+        self._write_board(board.with_card(index, action, take=name), again)
+        self.report(f"shot {index + 1}: {self.take_folder(name)}")
+        return name
+
+    def _sized(self, board: Board, index: int) -> tuple[int, int, int]:
+        """The size of a shot to make; ValueError where the model cannot make it."""
+        size, patch = board.cards[index].size, self._model(board.settings)[0].config.patch
+        if size is None or any(n % p or n < p for n, p in zip(size, patch, strict=True)):
+            raise ValueError(f"shot {index + 1}: expected a size that the patch {patch} divides, got {size}")
+        return size
+
+    def _generate(self, board: Board, index: int, inputs: Inputs, name: str) -> None:
+        model, config = self._model(board.settings)
+        patch, card, s = model.config.patch, board.cards[index], board.settings
+        size = self._sized(board, index)
+        sampling = Sampling.of(
+            config, steps=s.steps, guidance=s.guidance, history_guidance=s.history_guidance, history_time=s.history_time
+        )
+        seen = board.seen(index)
+        history = [self._history(board, i, patch, s.history_time) for i in seen]
+        new = ShotRequest(inputs["prompt"], size_in_patches(size, patch), card.seed)
+        if config.visibility == "context_causal":
+            request = SceneRequest(inputs["global"], (*history, new))
+            rows = autoregressive(model, [request], sampling, impl=self.impl)[0][-1]
+        else:  # a shot may see what comes after it: given shots 1 and 3, make 2
+            at = sum(i < index for i in seen)
+            request = SceneRequest(inputs["global"], (*history[:at], new, *history[at:]))
+            rows = joint(model, [request], sampling, impl=self.impl)[0][at]
+        latents = unpatchify(rows.float().cpu(), new.video, patch).numpy()
+        self._write_take(name, inputs, latents, inputs["prompt"], board)
+
+    def _history(self, board: Board, index: int, patch: tuple[int, int, int], time: float) -> ShotRequest:
+        """A finished shot as what a new one sees: given media at t = 0, takes at t_c, with noise of their own seeds."""
+        take = str(board.cards[index].take)
+        made_from, latents = self.inputs(take), self._latents(take)
+        rows = patchify(torch.from_numpy(latents), patch)
+        seed, when = (0, 0.0) if "media" in made_from else (made_from["seed"], time)
+        return ShotRequest(made_from["prompt"], size_in_patches(latents.shape, patch), seed, rows, when)
+
+    def _model(self, settings: Settings):
+        if self._loaded is None or self._loaded[0] != settings.digest:
+            if digest_of(settings.weights) != settings.digest:
+                raise ValueError(f"weights: {settings.weights} is no longer what this project began with; put it back")
+            self._loaded = (settings.digest, *load_model(settings.weights, self.device))
+        return self._loaded[1:]
+
+    def _latents(self, take: str) -> np.ndarray:
+        return load_file(self.take_folder(take) / LATENTS)["video"]
+
+    def _given(self, board: Board, index: int, latents: np.ndarray, source: str) -> Board:
+        card = board.cards[index]
+        digest = hashlib.sha256(np.ascontiguousarray(latents).tobytes()).hexdigest()
+        prompt = shot_prompt(card.prompt, card.cut)
+        inputs = {"shot": card.name, "prompt": prompt, "media": digest, "source": source, "seed": card.seed}
+        name = take_name(inputs)
+        if not (self.take_folder(name) / TAKE).is_file():
+            self._write_take(name, inputs, latents, prompt, board)
+        size = tuple(int(n) for n in latents.shape[:3])
+        return board.with_card(index, board.action, take=name, size=size)
+
+    def _write_take(self, name: str, inputs: Inputs, latents: np.ndarray, caption: str, board: Board) -> None:
+        frames = PixelCodec.named(board.codec).decode(np.ascontiguousarray(latents)).numpy()
+        with new_folder(self.take_folder(name)) as temporary:
+            save_file({"video": np.ascontiguousarray(latents, np.float32)}, temporary / LATENTS)
+            write_video(temporary / FILM, frames, board.fps)
+            contact_sheet([(name, [frames])], [caption]).save(temporary / SHEET)
+            (temporary / TAKE).write_text(json.dumps(inputs, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def _encode(self, file: Path, size: tuple[int, int, int] | None, codec: PixelCodec, fps: float) -> np.ndarray:
+        """A picture (T = 1) or a film as latents, cropped to the aspect ratio of `size` where there is one."""
+        suffix = file.suffix.lower()
+        if not file.is_file() or suffix not in (*PICTURES, *CONTAINERS):
+            raise ValueError(f"{file}: expected a picture {PICTURES} or a film {tuple(CONTAINERS)}, found none of them")
+
+        def resized(height: int, width: int) -> tuple[int, int]:
+            if size is not None:
+                return size[1] * codec.stride, size[2] * codec.stride
+            return fit(height, width, 480, 4 * codec.stride)
+
+        if suffix in PICTURES:
+            with Image.open(file) as picture:
+                if picture.width * picture.height > LARGEST_PICTURE:
+                    raise ValueError(
+                        f"{file}: expected at most {LARGEST_PICTURE} pixels, got {picture.size}; shrink it"
+                    )
+                height, width = resized(picture.height, picture.width)
+                frames = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))[None]
+        else:
+            film = read_video(file, resize=resized)
+            step = max(1.0, film.fps / fps)
+            count = min(size[0] if size else len(film.frames), int(np.ceil(len(film.frames) / step)))
+            frames = film.frames[[int(i * step) for i in range(count)]]
+        return codec.encode(np.array(frames)).numpy()

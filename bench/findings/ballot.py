@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from findings.vbench import read_json, to_bytes
 
+from findings.vbench import read_json, to_bytes
 from lct.data.atomic import new_file, new_folder
 from lct.data.table import Table, is_text
 from lct.data.video import write_video

@@ -28,8 +28,8 @@ class Measured:
     """Scores of a batch of scenes by name, each float [scenes, shots], NaN where a shot has none.
 
     text                   share of what the prompts say that is right
-    colour, texture        identity of the character: distance in RGB, share of right textures
-    background             distance in RGB
+    colour, background     hidden in the prompts: of the character and of the place, distance in RGB
+    weave                  hidden and fine: difference of its strength in the background, 0.11 by chance
     identity               the mean of colour and background
     misfit                 rms difference from the cleanest drawing of what is shown
     saturation, detail     the same of the true shot subtracted: mean of max − min over RGB; rms of the second differences
@@ -65,29 +65,26 @@ def _scene(shots: Sequence[np.ndarray], sample: SceneSample, given: frozenset[in
     truth = sample.truth
     known: dict[int, ShotReading | None] = {}  # a character's first appearance; None where it is the truth's own
     last: dict[int, int] = {}
-    place: np.ndarray | None = np.asarray(truth.background_rgb) if given else None
+    place: tuple[np.ndarray, float] | None = (np.asarray(truth.background_rgb), truth.weave) if given else None
     scores = []
     for i, shot in enumerate(shots):
         reading, want = read_shot(shot), truth.shots[i]
         s = score_reading(reading, truth, i)
         s["text"] = float(np.nanmean([s[name] for name in TEXT]))
-        s["colour"], s["background"], s["gap"] = np.nan, np.nan, 0.0
-        shape_known = s.pop("texture")
-        s["texture"] = np.nan
+        s["colour"], s["background"], s["weave"], s["gap"] = np.nan, np.nan, np.nan, 0.0
         if want.who is not None:
             s["gap"] = float(i - last.get(want.who, i))
             if want.who in known:
                 first = known[want.who]
                 rgb = truth.characters[want.who].rgb if first is None else first.character_rgb
                 s["colour"] = character_distance(reading.character_rgb, rgb)
-                s["texture"] = shape_known if first is None else float(reading.texture == first.texture)
             elif i in given or reading.visible:
                 known[want.who] = None if i in given else reading
             last[want.who] = i
         if place is None:
-            place = reading.background_rgb
+            place = reading.background_rgb, reading.weave
         else:
-            s["background"] = colour_error(reading.background_rgb, place)
+            s["background"], s["weave"] = colour_error(reading.background_rgb, place[0]), abs(reading.weave - place[1])
         s["identity"] = (s["colour"] + s["background"]) / 2
         true = to_frames(sample.shots[i].latents)
         s["saturation"] = saturation(shot) - saturation(true)

@@ -37,7 +37,8 @@ class SceneFolder:
         """Draw one scene; `rng` advances.
 
         kind   "single": one shot on its own, without global prompt; "cut": consecutive shots of a scene with cuts;
-               "no_cut": one shot divided in time into parts of about equal length, without cuts
+               "no_cut": consecutive segments of a scene without cuts, such as `ingest` divides long shots into; where
+               there is none, one shot divided in time into parts of about equal length
         shots  their number; by default as many as the scene has, up to max_shots, and two parts of a divided shot
 
         Raises ValueError where the folders hold nothing of this kind and number.
@@ -47,17 +48,22 @@ class SceneFolder:
         if shots is not None and not 1 <= shots <= MAX_SHOTS:
             raise ValueError(f"shots: expected 1 to {MAX_SHOTS}, got {shots}; choose one of these")
         places = self._places(kind, shots or 2)
-        scene, first = places[int(rng.integers(len(places)))]
-        if kind == "cut":
+        scene, index = places[int(rng.integers(len(places)))]
+        if kind == "single":
+            return self._single(scene, index)
+        if self._has(kind, scene, shots or 2):
             return self._consecutive(scene, rng, shots)
-        return self._single(scene, first) if kind == "single" else self._divided(scene, first, shots or 2)
+        return self._divided(scene, index, shots or 2)
+
+    def _has(self, kind: str, scene: int, least: int) -> bool:
+        """Whether a scene has `least` shots or more, all after a cut; or for "no_cut" two or more without any cut."""
+        cuts = [shot.cut for shot in self.scenes[scene].shots]
+        return len(cuts) >= least and (all(cuts) if kind == "cut" else not any(cuts) and len(cuts) > 1)
 
     def _places(self, kind: str, least: int) -> list[tuple[int, int]]:
         """(scene, shot) of everything a sample of this kind can begin from; ValueError where there is nothing."""
-        if kind == "cut":
-            with_cuts = enumerate([shot.cut for shot in scene.shots] for scene in self.scenes)
-            places = [(i, 0) for i, cuts in with_cuts if all(cuts) and len(cuts) >= least]
-        else:
+        places = [(i, 0) for i in range(len(self.scenes)) if self._has(kind, i, least)]
+        if kind == "single" or (kind == "no_cut" and not places):
             shots = [(i, s, shape[0]) for i, shapes in enumerate(self._shapes) for s, shape in enumerate(shapes)]
             places = [(i, s) for i, s, frames in shots if kind == "single" or frames >= least]
         if not places:

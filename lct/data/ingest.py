@@ -1,7 +1,7 @@
 """Films to scene folders: cuts, scenes, and latents of every shot (§ 3.2.1 data processing; § 4 native sizes).
 
 The film is decoded twice, small to find cuts and scenes, then at the training size, so that only small frames and the
-latents of one shot are in memory.
+latents of one shot are in memory; a third time where long shots are divided.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from lct.data.atomic import check_vacant, new_folder
+from lct.data.events import Span, colours, select_long
 from lct.data.latents import PixelCodec
 from lct.data.scenefile import MAX_SHOTS, GlobalPrompt, SceneFile, ShotEntry, write_scene
 from lct.data.video import iterate_video, read_video, video_package
-
-Span = tuple[int, int]
 
 THUMBNAIL = 160
 # On real film the weakest cut changes 3.1 times as much as the frames around it, the strongest camera motion 1.8 times;
@@ -27,7 +26,6 @@ THUMBNAIL = 160
 CUT_RATIO, CUT_CHANGE = 2.5, 5.0
 SHORTEST_SHOT = 0.2
 SCENE_DISTANCE = 0.4
-HUES, SATURATIONS, VALUES = 16, 4, 4
 IMAGES = 4
 
 
@@ -40,6 +38,7 @@ class IngestReport:
     scenes       per scene, per shot: (first frame, end)
     sizes        per scene, per shot: (T, H, W) in latent pixels
     durations    per scene, per shot: seconds in the film
+    divided      per long shot, per segment: (first frame, end)
     """
 
     fps: float
@@ -48,14 +47,18 @@ class IngestReport:
     scenes: tuple[tuple[Span, ...], ...]
     sizes: tuple[tuple[tuple[int, int, int], ...], ...]
     durations: tuple[tuple[float, ...], ...]
+    divided: tuple[tuple[Span, ...], ...] = ()
 
     def __str__(self) -> str:
-        """One line for the film, one for each scene."""
+        """One line for the film, one for each scene and each long shot that was divided."""
         cuts = ", ".join(map(str, self.cuts)) or "none"
         lines = [f"{self.frames} frames at {self.fps:g} fps; cuts at {cuts}; {len(self.scenes)} scenes"]
         for i, (sizes, durations) in enumerate(zip(self.sizes, self.durations, strict=True)):
             shots = (f"{T}x{H}x{W} ({seconds:.1f} s)" for (T, H, W), seconds in zip(sizes, durations, strict=True))
             lines.append(f"scene-{i:03d}: {', '.join(shots)}")
+        for i, spans in enumerate(self.divided):
+            parts = ", ".join(f"{(end - start) / self.fps:.1f} s" for start, end in spans)
+            lines.append(f"long-{i:03d}: frames {spans[0][0]} to {spans[-1][1]} without cut, in segments of {parts}")
         return "\n".join(lines)
 
 
@@ -69,6 +72,7 @@ def ingest(
     fps: float = 8.0,
     max_frames: int = 64,
     max_shots: int = MAX_SHOTS,
+    divide: bool = False,
 ) -> IngestReport:
     """Cut a film into scenes of shots and write `out/scene-000/`, `out/scene-001/`, …, all of them or nothing.
 
@@ -78,6 +82,9 @@ def ingest(
     fps         frames per second that a shot's latents show; at most the film's
     max_frames  most latent frames of a shot; what comes after them is left out
     max_shots   most shots of a scene
+    divide      also write `out/long-000/`, …: every long shot with much change, its segments as shots without cut
+                (`select_long`); one longer than `max_frames` is divided evenly, so that nothing is left out between
+                two, and a shot of more than `max_shots` segments makes several folders
 
     Each folder holds a scene file with empty prompts, and per shot `shot-N.video` [T, H, W, C] and `shot-N.images`
     [K, H, W, C], up to 4 of its frames encoded as images. Deterministic. Raises what `read_video` raises, and
@@ -90,21 +97,35 @@ def ingest(
         raise ValueError(f"fps: expected at most the film's {small.fps:g} frames per second, got {fps:g}; lower it")
     cuts = find_cuts(small.frames, small.fps)
     scenes = group_scenes(small.frames, cuts, max_shots)
-    shots = [_plan(span, small.fps / fps, max_frames) for spans in scenes for span in spans]
-    codec = PixelCodec(stride)
-    encoded = _encode(path, shots, codec, side, patch * stride)
-    sizes = []
-    with new_folder(out) as folder:
-        for i, spans in enumerate(scenes):
-            latents, entries = {}, []
+    step, codec = small.fps / fps, PixelCodec(stride)
+    divided = _divide(small.frames, small.fps, scenes, int(max_frames * step), max_shots) if divide else []
+
+    def write(folder: Path, kind: str, groups: list[list[Span]]) -> list[tuple[tuple[int, int, int], ...]]:
+        shots = [_plan(span, step, max_frames) for spans in groups for span in spans]
+        encoded, sizes = _encode(path, shots, codec, side, patch * stride), []
+        for i, spans in enumerate(groups):
+            latents, entries, cut = {}, [], kind == "scene" and len(spans) > 1
             for s, (shot, video, images) in enumerate(next(encoded) for _ in spans):
                 latents |= {f"shot-{s}.video": video, f"shot-{s}.images": images}
-                entries.append(ShotEntry("", len(spans) > 1, video.shape[:3], media=f"shot-{s}", frames=shot.span))
+                entries.append(ShotEntry("", cut, video.shape[:3], media=f"shot-{s}", frames=shot.span))
             scene = SceneFile(GlobalPrompt(), tuple(entries), fps, Path(path).name, codec.name)
-            write_scene(folder / f"scene-{i:03d}", scene, latents)
+            write_scene(folder / f"{kind}-{i:03d}", scene, latents)
             sizes.append(tuple(entry.size for entry in entries))
+        return sizes
+
+    with new_folder(out) as folder:
+        sizes = write(folder, "scene", scenes)
+        write(folder, "long", divided)
     durations = tuple(tuple((end - start) / small.fps for start, end in spans) for spans in scenes)
-    return IngestReport(small.fps, len(small.frames), tuple(cuts), tuple(map(tuple, scenes)), tuple(sizes), durations)
+    return IngestReport(
+        fps=small.fps,
+        frames=len(small.frames),
+        cuts=tuple(cuts),
+        scenes=tuple(map(tuple, scenes)),
+        sizes=tuple(sizes),
+        durations=durations,
+        divided=tuple(map(tuple, divided)),
+    )
 
 
 def find_cuts(frames: Iterable[np.ndarray], fps: float) -> list[int]:
@@ -139,13 +160,26 @@ def group_scenes(frames: np.ndarray, cuts: list[int], max_shots: int = MAX_SHOTS
     runs: list[list[Span]] = []
     seen: list[np.ndarray] = []
     for span in pairwise(bounds):
-        colours = _colours([frames[i] for i in _spread(span, 3)])
-        if not runs or 1 - np.minimum(colours, np.mean(seen, axis=0)).sum() > SCENE_DISTANCE:
+        shown = colours([frames[i] for i in _spread(span, 3)])
+        if not runs or 1 - np.minimum(shown, np.mean(seen, axis=0)).sum() > SCENE_DISTANCE:
             runs.append([])
             seen = []
         runs[-1].append(span)
-        seen.append(colours)
+        seen.append(shown)
     return [part for run in runs for part in _parts(run, max_shots)]
+
+
+def _divide(frames: np.ndarray, fps: float, scenes: list[list[Span]], most: int, max_shots: int) -> list[list[Span]]:
+    """Segments of the long shots, none of more than `most` frames, at most `max_shots` together and at least two."""
+    chosen = select_long(frames, fps, [span for spans in scenes for span in spans])
+    runs = [[part for segment in segments for part in _evenly(segment, most)] for segments in chosen]
+    return [part for run in runs for part in _parts(run, max_shots) if len(part) > 1]
+
+
+def _evenly(span: Span, most: int) -> list[Span]:
+    start, end = span
+    count = math.ceil((end - start) / most)
+    return list(pairwise(start + round(i * (end - start) / count) for i in range(count + 1)))
 
 
 def _parts(run: list[Span], most: int) -> list[list[Span]]:
@@ -159,29 +193,6 @@ def _spread(span: Span, count: int) -> list[int]:
     start, end = span
     count = min(count, end - start)
     return [start + (2 * i + 1) * (end - start) // (2 * count) for i in range(count)]
-
-
-def _colours(frames: list[np.ndarray]) -> np.ndarray:
-    """Joint histogram of hue, saturation and value of frames [H, W, 3], float32 [16, 4, 4] that sums to 1.
-
-    A pixel is shared between neighbouring bins, and grey spreads over all hues: neither a small change of light nor the
-    noise of a grey pixel's hue moves it far.
-    """
-    cv2 = video_package("cv2")
-    small = [cv2.resize(frame, (32, 32), interpolation=cv2.INTER_AREA) for frame in frames]
-    pixels = np.concatenate(small).astype(np.float32) / 255
-    hue, saturation, value = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV).reshape(-1, 3).T
-    colourful = np.minimum(8 * saturation * value, 1)[:, None]
-    turns = (hue[:, None] / 360 * HUES - 0.5 - np.arange(HUES) + HUES / 2) % HUES - HUES / 2
-    hues = colourful * np.maximum(1 - np.abs(turns), 0) + (1 - colourful) / HUES
-    joint = np.einsum("ph,ps,pv->hsv", hues, _shares(saturation, SATURATIONS), _shares(value, VALUES), optimize=True)
-    return joint / joint.sum()
-
-
-def _shares(values: np.ndarray, bins: int) -> np.ndarray:
-    """How much each of P values in [0, 1] belongs to each bin, linear in between; float32 [P, bins]."""
-    place = np.clip(values * bins - 0.5, 0, bins - 1)
-    return np.maximum(1 - np.abs(place[:, None] - np.arange(bins)), 0)
 
 
 def _thumbnail(height: int, width: int) -> tuple[int, int]:

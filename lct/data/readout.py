@@ -28,10 +28,13 @@ from lct.data.toy import (
     place_pattern,
     sky_rows,
     unit,
+    weave_rows,
 )
 
 # A character stands out from its background by at least 0.55 in RGB distance; noise of 0.05 by less than 0.2.
 VISIBLE = 0.3
+# A weaker weave is none: it is what noise makes of a plain background.
+FAINT = 0.02
 # A frame shows a character whole where it covers at least this part of what it covers at most.
 WHOLE = 0.8
 # A character's colour is read from the pixels within this part of its radius.
@@ -65,6 +68,7 @@ class ShotReading:
     light: str
     place: str
     background_rgb: np.ndarray
+    weave: float
     enters: bool
     misfit: float
 
@@ -85,7 +89,10 @@ def read_shot(frames: np.ndarray) -> ShotReading:
 
     # The row below the sky is left out: a soft horizon is no character.
     top = sky_rows(height) + 1
-    ground = frames[:, top:]
+    rows = weave_rows(height)[top:]
+    woven = frames[:, top:]
+    weave = _weave(woven, rows)
+    ground = woven - weave * rows[:, None, None]
     border = np.ones((height - top, width), bool)
     border[:-1, 1:-1] = False
     place, rgb = _background(ground, np.broadcast_to(border, ground.shape[:3]), top, height)
@@ -100,24 +107,58 @@ def read_shot(frames: np.ndarray) -> ShotReading:
     enters = bool(strengths[0] < VISIBLE <= strengths[-1])
     shown = strengths >= VISIBLE if enters else np.ones(len(frames), bool)
     strength = float(strengths[shown].mean())
-    empty = rgb + place_pattern(place, height, width)[top:, :, None]
+    empty = rgb + place_pattern(place, height, width)[top:, :, None] + weave * rows[:, None, None]
     nobody = ShotReading(
-        len(frames), False, None, None, None, None, None, ESTABLISHING, light, place, rgb, False, _rms(ground - empty)
+        len(frames),
+        False,
+        None,
+        None,
+        None,
+        None,
+        None,
+        ESTABLISHING,
+        light,
+        place,
+        rgb,
+        weave,
+        False,
+        _rms(woven - empty),
     )
     if strength < VISIBLE:
         return nobody
     cover = np.clip((distance[shown] / strength - 0.25) / 0.5, 0, 1)
     centroids, mass = _centroids(cover), cover.sum((1, 2))
     whole = mass >= WHOLE * mass.max() if enters else np.ones(len(cover), bool)
-    framing, shape, texture, colour, misfit = _fit(ground[shown][whole], empty, centroids[whole], unit(height, width))
+    framing, shape, texture, colour, misfit = _fit(woven[shown][whole], empty, centroids[whole], unit(height, width))
     if colour_error(colour, rgb) < VISIBLE:
         return nobody
     y, x = centroids[0] - _centre(shape, framing, unit(height, width))
     corner = corner_of(top + y, x, height, width)
     motion = _motion(centroids)
     return ShotReading(
-        len(frames), True, colour, shape, texture, motion, corner, framing, light, place, rgb, enters, misfit
+        len(frames),
+        True,
+        colour,
+        shape,
+        texture,
+        motion,
+        corner,
+        framing,
+        light,
+        place,
+        rgb,
+        float(weave),
+        enters,
+        misfit,
     )
+
+
+def _weave(ground: np.ndarray, rows: np.ndarray) -> np.float32:
+    """Strength of the weave of the ground [T, h, W, 3], 0 where it is faint: the median over pixels and channels of how
+    far a row is from the mean of the two beside it, halved."""
+    beside = (ground[:, :-2] + ground[:, 2:]) / 2
+    weave = np.median((ground[:, 1:-1] - beside) * rows[1:-1, None, None]) / 2
+    return np.float32(weave if abs(weave) >= FAINT else 0)
 
 
 def _background(ground: np.ndarray, where: np.ndarray, top: int, height: int) -> tuple[str, np.ndarray]:
@@ -234,6 +275,7 @@ def score_shots(shots: Sequence[np.ndarray], truth: ToyTruth) -> list[dict[str, 
 
     colour_error, background_error  RGB distances to the truth; a missing character's is CHANCE
     visible, enters, shape, texture, motion, corner, light, framing, place  1.0 where right, else 0.0
+    weave_error  difference of the strengths of the background's weave
     misfit  rms difference of the pixels from the cleanest drawing of what they show: blur, noise, artefacts
     NaN where the truth defines none: all that is a character's in an establishing shot, motion where T = 1.
     """
@@ -252,6 +294,7 @@ def score_reading(got: ShotReading, truth: ToyTruth, index: int) -> dict[str, fl
         "framing": float(got.framing == want.framing),
         "place": float(got.place == want.place),
         "misfit": got.misfit,
+        "weave_error": abs(got.weave - truth.weave),
         "colour_error": np.nan,
         "enters": np.nan,
         "shape": np.nan,

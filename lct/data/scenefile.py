@@ -34,7 +34,7 @@ import tomli_w
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lct.data.atomic import new_folder
+from lct.data.atomic import new_file, new_folder
 from lct.data.scenes import SHOT_CUT, SceneSample, ShotSample
 from lct.data.table import REQUIRED, Table, is_flag, is_integer, is_integers, is_positive, is_text
 
@@ -123,8 +123,10 @@ def parse_scene(text: str | bytes, name: str) -> SceneFile:
 def scene_text(scene: SceneFile, name: str = SCENE) -> str:
     """The text of a scene, which `parse_scene` turns back into it; ValueError where that would refuse it."""
     document = _document(scene)
-    _scene(Table(document, name))
-    return _toml(document)
+    _scene(Table(document, name))  # before TOML is made of it, which has no word for None
+    text = _toml(document)
+    parse_scene(text, name)
+    return text
 
 
 def write_scene(folder: str | Path, scene: SceneFile, latents: Mapping[str, Any] | None = None) -> None:
@@ -145,6 +147,18 @@ def write_scene(folder: str | Path, scene: SceneFile, latents: Mapping[str, Any]
         (temporary / SCENE).write_text(text, encoding="utf-8")
         if arrays:
             save_file(arrays, temporary / LATENTS)
+
+
+def rewrite_scene(folder: str | Path, scene: SceneFile) -> None:
+    """Replace the scene file in a folder, whole or not at all, and leave its latents alone.
+
+    Raises ValueError where `read_scene` would refuse the result.
+    """
+    path = Path(folder) / SCENE
+    text = scene_text(scene, str(path))
+    _check_media(Table({}, str(path)), parse_scene(text, str(path)), _shapes(path.parent / LATENTS))
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def load_sample(folder: str | Path) -> SceneSample:

@@ -53,6 +53,8 @@ class ToyConfig:
     establishing  share of shots that show nobody
     entering      share of the others whose character is not there yet in the first frame, and comes in from a border
     grid          characters start in the middle of squares of so many pixels where one is within reach; 0: anywhere
+    marked        a character's texture goes by its number, so that numbers mean something in single shots too
+    weaves        strengths of a fine weave in the background, hidden as its hue is
     """
 
     characters: int = 1
@@ -64,11 +66,22 @@ class ToyConfig:
     establishing: float = 0.1
     entering: float = 0.0
     grid: int = 0
+    marked: bool = False
+    weaves: tuple[float, ...] = ()
 
 
 PRESETS = {
     "one_character": ToyConfig(grid=2),
-    "cast": ToyConfig(characters=2, textures=TEXTURES, solo=0.5, establishing=0.15, entering=0.15, grid=2),
+    "cast": ToyConfig(
+        characters=2,
+        textures=TEXTURES,
+        solo=0.5,
+        establishing=0.15,
+        entering=0.15,
+        grid=2,
+        marked=True,
+        weaves=(-0.08, 0.0, 0.08),
+    ),
     "two_characters": ToyConfig(characters=2, shapes=SHAPES[:3], frames=(2, 3, 4)),
     "three_characters": ToyConfig(
         characters=3, shapes=SHAPES, textures=TEXTURES, frames=(2, 3, 4), sizes=((16, 16), (12, 20), (20, 12))
@@ -106,12 +119,16 @@ class ShotTruth:
 
 @dataclass(frozen=True)
 class ToyTruth:
-    """Everything that is true of a scene: the hidden identities, and what each shot shows."""
+    """Everything that is true of a scene: the hidden identities, and what each shot shows.
+
+    weave  how much brighter than the mean every other row of the background is, and darker the rows between
+    """
 
     light: str
     background_rgb: RGB
     characters: tuple[Character, ...]
     shots: tuple[ShotTruth, ...]
+    weave: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,9 +223,16 @@ def place_pattern(place: str, height: int, width: int, scale: int = 1) -> np.nda
     return pooled
 
 
+def weave_rows(height: int) -> np.ndarray:
+    """Which rows of the frame a weave of strength 1 makes brighter and which darker; float32 [height] of 1 and -1."""
+    return (1 - 2 * (np.arange(height) % 2)).astype(np.float32)
+
+
 def background(truth: ToyTruth, place: str, height: int, width: int, scale: int = 1) -> np.ndarray:
     """The frame without a character: sky above, the place below; float32 [height·scale, width·scale, 3] in [0, 1]."""
     frame = place_pattern(place, height, width, scale)[..., None] + np.asarray(truth.background_rgb, np.float32)
+    if truth.weave:
+        frame += np.float32(truth.weave) * weave_rows(height).repeat(scale)[:, None, None]
     frame[: sky_rows(height) * scale] = LIGHTS[truth.light]
     return frame
 
@@ -346,12 +370,16 @@ class ToyScenes:
             Character(
                 colorsys.hsv_to_rgb(rng.random(), 0.9, 0.95),
                 _choose(rng, self.config.shapes),
-                _choose(rng, self.config.textures),
+                self.config.textures[i % len(self.config.textures)]
+                if self.config.marked
+                else _choose(rng, self.config.textures),
             )
-            for _ in range(people)
+            for i in range(people)
         )
         background_rgb = colorsys.hsv_to_rgb(rng.random(), 0.35, 0.5)
-        return ToyTruth(_choose(rng, list(LIGHTS)), background_rgb, characters, events)
+        light = _choose(rng, list(LIGHTS))
+        weave = _choose(rng, self.config.weaves) if self.config.weaves else 0.0
+        return ToyTruth(light, background_rgb, characters, events, weave)
 
     def _shot(self, rng: np.random.Generator, frames: int, size, people: int) -> ShotTruth:
         """What a shot of a scene with cuts shows."""

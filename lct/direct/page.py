@@ -40,7 +40,7 @@ def build(studio: Studio) -> Any:
 
         return do
 
-    with gr.Blocks(title=f"{studio.folder.name} · LCT") as page:
+    with gr.Blocks(title=f"{studio.folder.name} · LCT", analytics_enabled=False) as page:
         turn = gr.State(0)  # the board is drawn anew when it changes
 
         @gr.render(inputs=[turn])
@@ -61,8 +61,8 @@ def build(studio: Studio) -> Any:
                         with gr.Column(elem_classes="shot", elem_id=f"shot-{i + 1}"):
                             _shot(gr, studio, board, i, states[i], turn, acting)
             with gr.Row(equal_height=True):
-                prompt = gr.Textbox(label="Extend with", placeholder="Close-up of Character 1 …", scale=6)
-                cut = gr.Checkbox(value=True, label="after a cut", scale=1)
+                prompt = gr.Textbox(label="Extend with", placeholder="Close-up of Character 1 …", interactive=True, scale=6)
+                cut = gr.Checkbox(value=True, label="after a cut", interactive=True, scale=1)
                 extend = gr.Button("Extend", elem_id="extend", scale=1)
                 extend.click(acting(studio.extend), [turn, prompt, cut], [turn])
 
@@ -94,11 +94,12 @@ def _shot(gr, studio: Studio, board, index: int, state: str, turn, acting) -> No
     takes = studio.takes(number)
     if len(takes) > 1:
         labels = [(f"seed {studio.inputs(take).get('seed', '–')}", take) for take in takes]
-        choice = gr.Dropdown(labels, value=card.take, label="Takes")
+        choice = gr.Dropdown(labels, value=card.take, label="Takes", interactive=True)
         choice.input(acting(lambda take: studio.keep(number, take)), [turn, choice], [turn])
     with gr.Accordion("Change", open=False):
-        text = gr.Textbox(card.prompt, label="Prompt")
-        sees = gr.Textbox(seen if card.sees else "", label="Sees", placeholder="all, recent:2, relevant:3 or numbers")
+        text = gr.Textbox(card.prompt, label="Prompt", interactive=True)
+        rule = card.sees if isinstance(card.sees, str) else seen if card.sees else ""
+        sees = gr.Textbox(rule, label="Sees", placeholder="all, recent:2, relevant:3 or numbers", interactive=True)
         change = gr.Button("Change", size="sm")
         change.click(acting(lambda prompt, choice: _change(studio, number, prompt, choice)), [turn, text, sees], [turn])
 
@@ -115,12 +116,25 @@ def _plain(text: str) -> str:
     return html.escape(text).replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
 
 
-def serve(studio: Studio, port: int = 0, browser: bool = True) -> None:
-    """Serve the page on this machine alone until interrupted."""
-    page = build(studio)
+def serve(studio: Studio, port: int = 0, browser: bool = True, wait: bool = True) -> str:
+    """Serve the page on this machine alone, until interrupted or, without `wait`, until the process ends; its address.
+
+    Nothing is fetched from the network: no fonts, no statistics.
+    """
+    gr = _gradio()
     takes = Path(studio.folder / TAKES).resolve()
-    options = {"server_port": port} if port else {}
-    page.launch(server_name="127.0.0.1", inbrowser=browser, allowed_paths=[str(takes)], css=CSS, **options)
+    _, address, _ = build(studio).launch(
+        server_name="127.0.0.1",
+        server_port=port or None,
+        inbrowser=browser,
+        prevent_thread_lock=not wait,
+        allowed_paths=[str(takes)],
+        css=CSS,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        footer_links=[],
+        quiet=not wait,
+    )
+    return address
 
 
 def _gradio() -> Any:

@@ -13,6 +13,7 @@ import re
 import selectors
 import signal
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -83,7 +84,7 @@ AMBIGUOUS = re.compile(
     re.IGNORECASE,
 )
 PRONOUN = re.compile(r"\b(?:he|she|him|her|his|hers|himself|herself)\b", re.IGNORECASE)
-FENCED = re.compile(r"```(?:toml)?[ \t]*\n(.*?)```", re.DOTALL)  # models like to wrap what they write
+FENCED = re.compile(r"^.*?```(?:toml)?[ \t]*\n(.*?)```.*", re.DOTALL)  # models like to wrap what they write
 
 
 def characters(prompt: str) -> list[str]:
@@ -103,10 +104,8 @@ def problems(scene: SceneFile) -> list[str]:
     for i, shot in enumerate(scene.shots, 1):
         found += [f"shot {i}: {problem}" for problem in _shot_problems(shot.prompt, shared)]
     named = {name for shot in scene.shots for name in characters(shot.prompt)}
-    for name in shared.characters:
-        if name not in named:
-            found.append(f"global: no shot names Character {name}; name Character {name} in a shot, or remove it")
-    return found
+    absent = [name for name in shared.characters if name not in named]
+    return found + [f"global: no shot names Character {name}; name it in a shot, or remove it" for name in absent]
 
 
 def _global_problems(shared: GlobalPrompt) -> list[str]:
@@ -138,10 +137,7 @@ def _shot_problems(prompt: str, shared: GlobalPrompt) -> list[str]:
 
 def _unknown(text: str, shared: GlobalPrompt) -> list[str]:
     unknown = [name for name in characters(text) if name not in shared.characters]
-    return [
-        f'names Character {name}, whom nothing describes; write {name} = "…" under [global.characters]'
-        for name in unknown
-    ]
+    return [f'names Character {name}, not described; write {name} = "…" under [global.characters]' for name in unknown]
 
 
 def ask(command: Sequence[str], instructions: str, attach: Sequence[Path] = (), timeout: float = 600) -> str:
@@ -256,16 +252,13 @@ def plan(idea: str, command: Sequence[str], shots: int, size: tuple[int, int, in
     if not idea.strip() or shots < 1 or len(size) != 3 or min(size) < 1:
         got = f"{idea[:40]!r}, {shots} and {tuple(size)}"
         raise ValueError(f"plan: expected an idea, 1 shot or more and three positive sizes, got {got}; correct them")
-    most, height, width = size
 
     def check(text: str) -> Checked:
         answer, faults = _parsed(text, shots), []
         entries = tuple(ShotEntry(s.prompt, s.cut, s.size or size, s.seed, sees=s.sees) for s in answer.shots)
         for i, (frames, *area) in enumerate([entry.size or size for entry in entries], 1):
-            if area != [height, width] or frames > most:
-                faults.append(
-                    f"shot {i}: size: expected [1 to {most}, {height}, {width}]; write {[most, height, width]}"
-                )
+            if area != [*size[1:]] or frames > size[0]:
+                faults.append(f"shot {i}: size: expected {list(size)} or fewer frames; write {list(size)}")
         return SceneFile(answer.global_prompt, entries), faults
 
     request = f"{PLAN}\nNumber of shots: {shots}\nsize = {list(size)}\nThe idea: {idea.strip()}\n"
@@ -273,8 +266,7 @@ def plan(idea: str, command: Sequence[str], shots: int, size: tuple[int, int, in
 
 
 def _parsed(text: str, shots: int) -> SceneFile:
-    fenced = FENCED.search(text)
-    answer = parse_scene(fenced[1] if fenced else text, "answer")
+    answer = parse_scene(FENCED.sub(r"\1", text), "answer")
     if len(answer.shots) != shots:
         raise ValueError(f"answer: expected {shots} shots, got {len(answer.shots)}; write one [[shot]] for each")
     return answer
@@ -296,11 +288,8 @@ def _tried(
                 return scene
         except ValueError as error:
             fault = str(error)
-        request = (
-            f"{instructions}\nYour last answer:\n\n{answer}\n\nis refused:\n{fault}\nMend it and answer in whole.\n"
-        )
-    fault = _one_line(fault)
-    fault = fault if len(fault) <= TAIL else f"{fault[:TAIL]}…"
+        request = f"{instructions}\nYour last answer:\n\n{answer}\n\nis refused:\n{fault}\nMend it, answer in whole.\n"
+    fault = textwrap.shorten(_one_line(fault), TAIL, placeholder=" …")
     raise ValueError(f"command: expected prompts that hold after {tries} tries, got: {fault}; ask a stronger model")
 
 

@@ -204,8 +204,10 @@ def _present(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _toml(document: Mapping[str, Any]) -> str:
-    """TOML with lists of integers on one line, as one would write them by hand."""
-    text = tomli_w.dumps(document)
+    """TOML as one would write it by hand: a [[shot]] before each, lists of integers on one line."""
+    shared = {key: value for key, value in document.items() if key != "shot"}
+    shots = (f"\n[[shot]]\n{tomli_w.dumps(shot)}" for shot in document["shot"])
+    text = "".join((tomli_w.dumps(shared), *shots)).lstrip()
     return re.sub(r"= \[\n((?:    \d+,\n)+)\]", lambda match: f"= [{' '.join(match[1].split())[:-1]}]", text)
 
 

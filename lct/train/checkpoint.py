@@ -23,6 +23,7 @@ from lct.train.config import TrainConfig
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+SCALE = ".scale"  # ends the names of the scales of 8-bit matrices
 ASSET, ASSETS = "asset:", Path(__file__).parents[1] / "assets"
 
 
@@ -88,9 +89,20 @@ def latest(root: Path) -> Path:
 def save_weights(
     file: Path, weights: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype = torch.float16
 ) -> None:
-    """Weights to share, in one safetensors file that carries the configuration they were trained with."""
+    """Weights to share, in one safetensors file that carries the configuration they were trained with.
+
+    dtype  int8 stores matrices in 8 bits with a scale for each row, for weights that must be small
+    """
     with new_file(file) as temporary:
-        shared = {name: weight.detach().cpu().to(dtype).contiguous() for name, weight in weights.items()}
+        shared = {}
+        for name, weight in weights.items():
+            weight = weight.detach().cpu()
+            if dtype == torch.int8 and weight.ndim > 1:
+                scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+                shared[f"{name}{SCALE}"] = scale
+                weight = (weight.float() / scale).round()
+            small = torch.float16 if dtype == torch.int8 and weight.ndim < 2 else dtype
+            shared[name] = weight.to(small).contiguous()
         save_file(shared, temporary, metadata={"config": json.dumps(asdict(config))})
         temporary.chmod(0o644)  # safetensors writes files for their owner alone
 
@@ -108,7 +120,10 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["config"])
-            return {name: file.get_tensor(name) for name in file.keys()}, TrainConfig.from_dict(config)  # noqa: SIM118
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            scales = {name.removesuffix(SCALE): stored.pop(name) for name in list(stored) if name.endswith(SCALE)}
+            weights = {name: w.float() * scales[name] if name in scales else w for name, w in stored.items()}
+            return weights, TrainConfig.from_dict(config)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a weights file of this project, or a damaged one ({error!r})") from None
 

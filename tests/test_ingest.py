@@ -140,6 +140,70 @@ def test_ingested_scenes_show_the_film(tmp_path):
     assert all(folder.sample(kind, rng).shots for kind in ("single", "cut", "no_cut"))
 
 
+def long_film(seed=0, lengths=(36, 48, 30)):
+    """A toy film of one long shot, four segments of 36, 48, 30 and 36 frames, between two short shots with cuts."""
+    toys, rng = ToyScenes("one_character"), np.random.default_rng(seed)
+    cut, no_cut = (
+        toy_film([toys.sample(kind, rng, n)], frames_per_shot=lengths) for kind, n in (("cut", 1), ("no_cut", 4))
+    )
+    frames = np.concatenate([cut.frames, no_cut.frames, cut.frames[::-1]])
+    seams = [36, 72, 120, 150, 186]
+    return frames, list(pairwise(seams))
+
+
+def test_long_shots_are_divided_at_their_events(tmp_path):
+    frames, segments = long_film()
+    write_video(tmp_path / "long.mp4", frames, 24)
+    options = {"side": 64, "stride": 4, "fps": 8, "max_frames": 16}
+    report = ingest(tmp_path / "long.mp4", tmp_path / "out", divide=True, **options)
+    assert report.cuts == (36, 186) and len(report.divided) == 1
+    assert np.abs(np.array(report.divided[0]) - segments).max() <= 3
+    seconds = [(end - start) / 24 for start, end in report.divided[0]]
+    told = "long-000: frames 36 to 186 without cut, in segments of " + ", ".join(f"{s:.1f} s" for s in seconds)
+    assert str(report).splitlines()[-1] == told
+
+    folder = tmp_path / "out" / "long-000"
+    scene, sample = read_scene(folder), load_sample(folder)
+    assert scene.global_prompt == GlobalPrompt() and (scene.fps, scene.codec) == (8, "pixel/4")
+    assert [shot.frames for shot in scene.shots] == list(report.divided[0])
+    for shot, (start, end) in zip(sample.shots, report.divided[0], strict=True):
+        assert not shot.cut and shot.images.shape == (4, 16, 16, 3)
+        expected = PixelCodec(4).encode(frames[start:end:3]).numpy()
+        assert shot.latents.shape == expected.shape and np.abs(shot.latents - expected).mean() < 0.05
+
+    plain = ingest(tmp_path / "long.mp4", tmp_path / "plain", **options)
+    assert plain.divided == () and plain.scenes == report.scenes and str(report).startswith(str(plain))
+    scenes = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["long-000", *scenes]
+    for name in scenes:
+        for path in (tmp_path / "plain" / name).iterdir():
+            assert path.read_bytes() == (tmp_path / "out" / name / path.name).read_bytes()
+    drawn = SceneFolder(tmp_path / "out").sample("no_cut", np.random.default_rng(0))
+    assert all(np.array_equal(a.latents, b.latents) for a, b in zip(drawn.shots, sample.shots, strict=True))
+
+
+def test_segments_longer_than_the_limit_are_divided_and_many_are_told_in_several_folders(tmp_path):
+    frames, _ = long_film()
+    write_video(tmp_path / "long.mp4", frames, 24)
+    report = ingest(
+        tmp_path / "long.mp4", tmp_path / "out", side=64, stride=4, fps=8, max_frames=6, max_shots=4, divide=True
+    )
+    spans = [span for segments in report.divided for span in segments]
+    assert (spans[0][0], spans[-1][1]) == (36, 186) and all(a[1] == b[0] for a, b in pairwise(spans))
+    assert max(end - start for start, end in spans) <= 18  # 6 of 8 frames a second, in 24
+    assert len(report.divided) > 1 and all(2 <= len(segments) <= 4 for segments in report.divided)
+    for i, segments in enumerate(report.divided):
+        shots = read_scene(tmp_path / "out" / f"long-{i:03d}").shots
+        assert [shot.frames for shot in shots] == list(segments)  # nothing is left out
+
+
+def test_a_film_without_long_shots_has_none_to_divide(tmp_path):
+    film = make_film(2)
+    write_video(tmp_path / "toy.mp4", film.frames, 24)
+    report = ingest(tmp_path / "toy.mp4", tmp_path / "out", side=64, stride=4, fps=6, divide=True)
+    assert report.divided == () and not list((tmp_path / "out").glob("long-*"))
+
+
 def test_ingest_is_deterministic(tmp_path):
     write_video(tmp_path / "toy.mp4", make_film(3, scenes=1).frames, 24)
     for out in ("a", "b"):

@@ -1,12 +1,25 @@
 """The scene file: what it says comes back, every mistake is one line with its fix, and nothing is ever half-written."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 
 from lct.data.folder import SceneFolder
-from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry, load_sample, read_scene, write_scene
+from lct.data.scenefile import (
+    GlobalPrompt,
+    SceneFile,
+    ShotEntry,
+    load_sample,
+    parse_scene,
+    read_scene,
+    rewrite_scene,
+    scene_text,
+    write_scene,
+)
 
 SHIP = GlobalPrompt({"1": "a young man", "2": "a young woman"}, "the deck of a ship", "1 meets 2")
 SHOT = '[[shot]]\nprompt = "a"\ncut = true\n'
@@ -20,7 +33,7 @@ def two_shots():
     """A scene of two given shots, and its latents."""
     shots = (
         ShotEntry("close-up of Character 1", True, (4, 2, 3), 7, "shot-0", (0, 30)),
-        ShotEntry("“wide” shot\nof Character 2", True, (2, 2, 3), None, "shot-1"),
+        ShotEntry("“wide” shot\nof Character 2", True, (2, 2, 3), None, "shot-1", sees=(1,)),
     )
     latents = {"shot-0.video": noise(4, 2, 3, 3), "shot-0.images": noise(5, 2, 3, 3), "shot-1.video": noise(2, 2, 3, 3)}
     return SceneFile(SHIP, shots, 8.0, "ship.mp4", "pixel/8"), latents
@@ -38,6 +51,44 @@ def test_what_is_written_is_read(tmp_path):
     assert read_scene(tmp_path / "scene") == scene
     assert read_scene(tmp_path / "scene" / "scene.toml") == scene
     assert "size = [4, 2, 3]\n" in (tmp_path / "scene" / "scene.toml").read_text()
+
+
+def test_a_text_is_a_scene_and_back():
+    scene, _ = two_shots()
+    text = scene_text(scene)
+    assert parse_scene(text, "text") == parse_scene(text.encode(), "text") == scene
+    assert text.index("[global]") < text.index("[global.characters]") < text.index("[[shot]]")
+    assert text.count("[[shot]]\n") == 2 and "\nsees = [1]\n" in text
+    with pytest.raises(ValueError, match="^answer: shot 1: cut: expected true or false"):
+        parse_scene("[[shot]]\nprompt = 'a'", "answer")
+    with pytest.raises(ValueError, match="^board: expected at most 1048576 bytes, got more; shorten the prompts"):
+        scene_text(SceneFile(None, (ShotEntry("ä" * (1 << 19), True),)), "board")
+
+
+def test_a_file_holds_up_to_1000_shots(tmp_path):
+    scene = SceneFile(SHIP, tuple(ShotEntry(f"shot {i}", True, sees="recent:9") for i in range(1000)))
+    write_scene(tmp_path / "film", scene)
+    assert read_scene(tmp_path / "film") == scene
+
+
+@pytest.mark.parametrize("sees", ["all", "recent:1", "relevant:8", "recent:9999", [], [1], [1, 3], [3, 1]])
+def test_what_a_shot_sees_is_kept(tmp_path, sees):
+    (tmp_path / "scene.toml").write_text(f"{SHOT}{SHOT}sees = {sees!r}\n{SHOT}")
+    expected = tuple(sees) if isinstance(sees, list) else sees
+    scene = read_scene(tmp_path)
+    assert [shot.sees for shot in scene.shots] == [None, expected, None]
+    assert parse_scene(scene_text(scene), "again") == scene
+
+
+@pytest.mark.parametrize(
+    "sees",
+    ["[2]", "[0]", "[4]", "[1, 1]", "[True]", "['1']", "1", "'recent:0'", "'newest'", "'recent:12345'", "'all '"],
+)
+def test_what_a_shot_cannot_see_is_refused(tmp_path, sees):
+    (tmp_path / "scene.toml").write_text(f"{SHOT}{SHOT}sees = {sees.lower()}\n{SHOT}")
+    kinds = r'"all", "recent:K", "relevant:K", or distinct numbers of 1 to 3 without 2, the shot itself'
+    with pytest.raises(ValueError, match=f"shot 2: sees: expected {kinds}, got {re.escape(sees)}; write for example"):
+        read_scene(tmp_path)
 
 
 def test_a_hand_written_file_needs_only_prompt_and_cut(tmp_path):
@@ -192,6 +243,25 @@ def test_a_scene_is_never_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["scene"]
 
 
+def test_rewriting_a_scene_leaves_its_latents_alone(tmp_path):
+    scene, latents = two_shots()
+    write_scene(tmp_path / "scene", scene, latents)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "scene").iterdir()}
+    new = replace(scene, shots=(scene.shots[0], replace(scene.shots[1], prompt="wide shot")))
+    rewrite_scene(tmp_path / "scene", new)
+    after = {path.name: path.read_bytes() for path in (tmp_path / "scene").iterdir()}
+    assert read_scene(tmp_path / "scene") == new and after.keys() == before.keys()
+    assert after["latents.safetensors"] == before["latents.safetensors"]
+    for wrong, words in (
+        (replace(new.shots[0], prompt="[SHOT CUT] a"), "typed by hand"),
+        (replace(new.shots[0], media="shot-9"), "expected shot-9.video"),
+        (replace(new.shots[0], size=(1, 2, 3)), "shot 1: size: expected that of shot-0.video"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rewrite_scene(tmp_path / "scene", replace(new, shots=(wrong, new.shots[1])))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "scene").iterdir()} == after
+
+
 def write_folders(root):
     """A scene of three cut shots, a single shot of one frame, and what an interrupted writer may leave behind."""
     names = [f"shot-{i}" for i in range(3)]
@@ -227,6 +297,46 @@ def test_scene_folder_kinds(tmp_path):
     assert len(divided.shots) == 2 and not any(shot.cut for shot in divided.shots)
     assert np.array_equal(np.concatenate([shot.latents for shot in divided.shots]), whole.latents)
     assert np.array_equal(np.concatenate([shot.images for shot in divided.shots]), whole.images)
+
+
+def write_long(root, name, frames, cut=False):
+    """A scene of segments, one for each number of frames."""
+    shots = tuple(ShotEntry(f"{name} {i}", cut, media=f"s{i}") for i in range(len(frames)))
+    latents = {f"s{i}.video": noise(n, 2, 2, 3, seed=i) for i, n in enumerate(frames)}
+    write_scene(root / name, SceneFile(SHIP, shots), latents)
+
+
+def test_segments_of_a_long_shot_are_drawn_before_shots_are_divided(tmp_path):
+    write_folders(tmp_path)
+    write_long(tmp_path, "long-000", [2, 3, 4, 5, 2])
+    folder, rng = SceneFolder(tmp_path, max_shots=4), np.random.default_rng(0)
+    drawn = set()
+    for _ in range(30):
+        sample = folder.sample("no_cut", rng)
+        assert sample.global_prompt == SHIP.text() and not any(shot.cut for shot in sample.shots)
+        drawn.add(tuple(shot.prompt for shot in sample.shots))
+        for shot in sample.shots:
+            i = int(shot.prompt[-1])
+            assert np.array_equal(shot.latents, noise([2, 3, 4, 5, 2][i], 2, 2, 3, seed=i))
+    assert drawn == {tuple(f"long-000 {i}" for i in range(a, a + 4)) for a in (0, 1)}
+    pairs = {folder.sample("no_cut", rng, 2).shots[0].prompt for _ in range(40)}
+    assert pairs == {f"long-000 {i}" for i in range(4)}
+    # no scene has so many segments: a shot of six frames would do, but there is none
+    with pytest.raises(ValueError, match="expected a shot of 6 frames"):
+        folder.sample("no_cut", rng, 6)
+    write_long(tmp_path, "alone", [6])
+    parts = SceneFolder(tmp_path).sample("no_cut", rng, 6).shots
+    assert [shot.prompt for shot in parts] == ["alone 0"] * 6 and all(len(shot.latents) == 1 for shot in parts)
+
+
+def test_scenes_that_mix_cuts_and_segments_belong_to_neither_kind(tmp_path):
+    shots = tuple(ShotEntry(f"{cut}", cut, media=f"s{i}") for i, cut in enumerate((True, False)))
+    latents = {f"s{i}.video": noise(3, 2, 2, 3, seed=i) for i in range(2)}
+    write_scene(tmp_path / "mixed", SceneFile(SHIP, shots), latents)
+    folder, rng = SceneFolder(tmp_path), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="expected a scene of 2 shots with cuts"):
+        folder.sample("cut", rng)
+    assert len({shot.prompt for shot in folder.sample("no_cut", rng).shots}) == 1  # one shot, divided
 
 
 def test_a_sample_is_a_function_of_the_generator(tmp_path):

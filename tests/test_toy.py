@@ -173,7 +173,7 @@ def test_scenes_are_well_formed(preset):
         kind = KINDS[i % 3]
         assert (scene.global_prompt is None) == (kind == "single")
         assert {"single": 1, "cut": 1, "no_cut": 2}[kind] <= len(scene.shots) <= (1 if kind == "single" else 9)
-        assert len(scene.truth.characters) in {config.characters, 1 if config.solo else config.characters}
+        assert len(scene.truth.characters) == config.characters
         for shot in scene.shots:
             assert shot.cut == (kind == "cut") and "CUT" not in shot.prompt
             assert shot.latents.dtype == np.float32 and np.abs(shot.latents).max() <= 1
@@ -198,7 +198,7 @@ def test_number_of_shots():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"one_character, cast, two_characters, three_characters, got 'hard'"):
+    with pytest.raises(ValueError, match=r"one_character, returning, two_characters, three_characters, got 'hard'"):
         ToyScenes("hard")
     with pytest.raises(ValueError, match="kind: expected one of single, cut, no_cut"):
         ToyScenes().sample("film", np.random.default_rng(0))

@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
     """What JSON can hold: NaN becomes None."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if isfinite(value) else None
@@ -84,7 +84,7 @@ class World:
     """
 
     scenes: int
-    toy: ToyScenes = field(default_factory=lambda: ToyScenes("cast", max_shots=9))
+    toy: ToyScenes = field(default_factory=lambda: ToyScenes("returning", max_shots=9))
 
     def draw(self, shots: int, **options) -> list[SceneSample]:
         """As many scenes of so many shots; see `ToyScenes.evaluation_scene`."""
@@ -93,7 +93,7 @@ class World:
     def singles(self) -> list[SceneSample]:
         """Single shots, every sixth with a character that comes in, four times as many as scenes."""
         return [
-            self.toy.evaluation_scene(i, SINGLE_SEED, 1, (i % 2,), (0,) if i % 6 == 0 else (), "single")
+            self.toy.evaluation_scene(i, SINGLE_SEED, 1, (0,), (0,) if i % 6 == 0 else (), "single")
             for i in range(4 * self.scenes)
         ]
 

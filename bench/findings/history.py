@@ -1,4 +1,4 @@
-"""Findings about the history: its noise level, its fidelity, which keys are kept, which shots are chosen (§ 3.4, § 4.2)."""
+"""Findings about the history: noise level, fidelity, which keys are kept, which shots are chosen (§ 3.4, § 4.2)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def on_noisy_media(causal: Weights, world: World) -> Finding:
     return Finding(
         "What noisy history still says",
         "§ 4.2, Fig. 7",
-        "At t_c = 0.5 much detail of the history is kept; at 0.9 its overall structure is, its high frequencies are lost.",
+        "At t_c = 0.5 much detail of the history is kept; at 0.9 its structure is, its high frequencies are lost.",
         "Kept of what the given shot shows, at t_c 0.1, 0.5 and 0.9: "
         + "; ".join(
             f"{words} {100 * kept[name][1]:.0f}, {100 * kept[name][middle]:.0f}, {100 * kept[name][last]:.0f} %"
@@ -106,7 +106,7 @@ def accumulation(causal: Weights, world: World, shots: int = 12) -> Finding:
     return Finding(
         "History time and error accumulation",
         "§ 4.2, Fig. 8",
-        "Clean history (t_c = 0) lets errors accumulate from shot to shot, 0.1 to 0.5 holds them, large times cost fidelity.",
+        "Clean history (t_c = 0) lets errors accumulate, 0.1 to 0.5 holds them, large times cost fidelity.",
         f"From shots 3–4 to shots {shots - 1}–{shots}, each seeing the last {WINDOW}, identity error grows by "
         + ", ".join(f"{said(growth(t))} at {t:g}" for t in times)
         + f"; at 0.9 it starts {said(lost)} higher than at 0.1.",
@@ -154,9 +154,10 @@ def kept_keys(causal: Weights, world: World) -> Finding:
     """§ 3.3: keys and values of the denoising step nearest t_c, against a pass of their own."""
     samples = world.draw(6)
     scenes = requests(causal, samples, (0, 1))
+    times = (0.1, 0.3, 0.5)
     found = {
         (keep, t): measure(one_by_one(causal, scenes, keep=keep, history_time=t), samples, (0, 1))
-        for t in (0.1, 0.3, 0.5)
+        for t in times
         for keep in ("pass", "step")
     }
     n = len(samples)
@@ -249,7 +250,7 @@ def selection(causal: Weights, world: World) -> Finding:
     rows, recent, picked = [], [], []
     differences = {}
     for gap in gaps:
-        cast = (0, *[1] * (gap - 1), 0)
+        cast = (0, *[None] * (gap - 1), 0)
         samples = world.draw(len(cast), cast=cast)
         last = len(cast) - 1
         scenes = requests(causal, samples, range(last))

@@ -60,7 +60,7 @@ def single_shots(before: Weights, after: Weights, world: World) -> Finding:
 
 
 def modes(lct: Weights, causal: Weights, world: World) -> tuple[Finding, Finding, dict[str, dict[str, Mean95]]]:
-    """Table 2, lower half: joint, auto-regressive, causal; and context against isolation. Also the rows of the table."""
+    """Table 2, lower half: joint, auto-regressive, causal; context against isolation; and the rows of the table."""
     samples = world.draw(6)
     scenes = requests(lct, samples)
     made = {

@@ -6,7 +6,7 @@ it. Camera cuts are for `find_cuts`: a shot is looked at on its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -121,9 +121,12 @@ def _motion(frames: np.ndarray) -> np.ndarray:
     height, width = frames.shape[1:3]
     scale = min(1.0, SIDE / max(height, width))
     size = max(round(width * scale), 16), max(round(height * scale), 16)
-    small = [cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames]
-    axis, motion, last = _telling_axis(small), [], None
-    for frame in small:
+
+    def small() -> Iterator[np.ndarray]:
+        return (cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames)
+
+    axis, motion, last = _telling_axis(small()), [], None
+    for frame in small():
         shade = (frame @ axis - 255 * np.minimum(axis, 0).sum()).clip(0, 255).astype(np.uint8)
         shade = cv2.GaussianBlur(shade, (0, 0), 1.5)
         if last is not None:
@@ -133,7 +136,7 @@ def _motion(frames: np.ndarray) -> np.ndarray:
     return np.stack(motion)
 
 
-def _telling_axis(frames: Sequence[np.ndarray]) -> np.ndarray:
+def _telling_axis(frames: Iterable[np.ndarray]) -> np.ndarray:
     """The mixture of red, green and blue that changes most from frame to frame, float32 [3], to a range of 255: a red
     ball on a green field may be invisible in grey."""
     products = np.zeros((3, 3))

@@ -49,11 +49,9 @@ EVALUATION = 0x4C43_5445
 class ToyConfig:
     """How hard the scenes are: what there is to remember, and how much the shots vary in size and place.
 
-    solo          share of scenes that have one character whatever `characters` says
     establishing  share of shots that show nobody
     entering      share of the others whose character is not there yet in the first frame, and comes in from a border
     grid          characters start in the middle of squares of so many pixels where one is within reach; 0: anywhere
-    marked        a character's texture goes by its number, so that numbers mean something in single shots too
     weaves        strengths of a fine weave in the background, hidden as its hue is
     """
 
@@ -62,26 +60,15 @@ class ToyConfig:
     textures: tuple[str, ...] = TEXTURES[:1]
     frames: tuple[int, ...] = (3,)
     sizes: tuple[tuple[int, int], ...] = ((16, 16),)
-    solo: float = 0.0
     establishing: float = 0.1
     entering: float = 0.0
     grid: int = 0
-    marked: bool = False
     weaves: tuple[float, ...] = ()
 
 
 PRESETS = {
     "one_character": ToyConfig(grid=2),
-    "cast": ToyConfig(
-        characters=2,
-        textures=TEXTURES,
-        solo=0.5,
-        establishing=0.15,
-        entering=0.15,
-        grid=2,
-        marked=True,
-        weaves=(-0.08, 0.0, 0.08),
-    ),
+    "returning": ToyConfig(textures=TEXTURES, establishing=0.25, entering=0.15, grid=2, weaves=(-0.08, 0.0, 0.08)),
     "two_characters": ToyConfig(characters=2, shapes=SHAPES[:3], frames=(2, 3, 4)),
     "three_characters": ToyConfig(
         characters=3, shapes=SHAPES, textures=TEXTURES, frames=(2, 3, 4), sizes=((16, 16), (12, 20), (20, 12))
@@ -321,14 +308,13 @@ class ToyScenes:
             shots = int(rng.integers(1 if kind == "cut" else 2, self.max_shots + 1))
         _check_shots(shots)
         size = _choose(rng, self.config.sizes)
-        cast = 1 if self.config.solo and rng.random() < self.config.solo else self.config.characters
         if kind == "no_cut":
             lengths = (int(_choose(rng, self.config.frames)),) * shots
-            events = self._long_shot(rng, lengths[0], shots, size, cast)
+            events = self._long_shot(rng, lengths[0], shots, size)
         else:
             lengths = tuple(int(_choose(rng, self.config.frames)) for _ in range(shots))
-            events = tuple(self._shot(rng, frames, size, cast) for frames in lengths)
-        return self._scene(kind, self._truth(rng, events, cast), lengths, size)
+            events = tuple(self._shot(rng, frames, size) for frames in lengths)
+        return self._scene(kind, self._truth(rng, events), lengths, size)
 
     def evaluation_scene(
         self,
@@ -350,44 +336,42 @@ class ToyScenes:
         if shots < 1:
             raise ValueError(f"shots: expected at least 1, got {shots}")
         rng = np.random.default_rng(np.random.SeedSequence([seed, index], spawn_key=(EVALUATION,)))
-        size, people = _choose(rng, self.config.sizes), self.config.characters
+        size = _choose(rng, self.config.sizes)
         if kind == "no_cut":
             lengths = (int(_choose(rng, self.config.frames)),) * shots
-            events = self._long_shot(rng, lengths[0], shots, size, people)
-            return self._scene(kind, self._truth(rng, events, people), lengths, size)
+            events = self._long_shot(rng, lengths[0], shots, size)
+            return self._scene(kind, self._truth(rng, events), lengths, size)
         lengths = tuple(int(_choose(rng, self.config.frames)) for _ in range(shots))
         framings = list(RADIUS) if rng.random() < 0.5 else list(RADIUS)[::-1]
-        turns = [divmod(i, people) for i in range(shots)]
+        turns = [divmod(i, self.config.characters) for i in range(shots)]
         who = [character for _, character in turns] if cast is None else cast
         events = tuple(
             self._event(rng, frames, size, who[i], framings[turns[i][0] % 2], i in entering)
             for i, frames in enumerate(lengths)
         )
-        return self._scene(kind, self._truth(rng, events, people), lengths, size)
+        return self._scene(kind, self._truth(rng, events), lengths, size)
 
-    def _truth(self, rng: np.random.Generator, events: tuple[ShotTruth, ...], people: int) -> ToyTruth:
+    def _truth(self, rng: np.random.Generator, events: tuple[ShotTruth, ...]) -> ToyTruth:
         characters = tuple(
             Character(
                 colorsys.hsv_to_rgb(rng.random(), 0.9, 0.95),
                 _choose(rng, self.config.shapes),
-                self.config.textures[i % len(self.config.textures)]
-                if self.config.marked
-                else _choose(rng, self.config.textures),
+                _choose(rng, self.config.textures),
             )
-            for i in range(people)
+            for _ in range(self.config.characters)
         )
         background_rgb = colorsys.hsv_to_rgb(rng.random(), 0.35, 0.5)
         light = _choose(rng, list(LIGHTS))
         weave = _choose(rng, self.config.weaves) if self.config.weaves else 0.0
         return ToyTruth(light, background_rgb, characters, events, weave)
 
-    def _shot(self, rng: np.random.Generator, frames: int, size, people: int) -> ShotTruth:
+    def _shot(self, rng: np.random.Generator, frames: int, size) -> ShotTruth:
         """What a shot of a scene with cuts shows."""
         place = _choose(rng, list(PLACES))
         if rng.random() < self.config.establishing:
             return _nobody(place)
         framing = _choose(rng, list(RADIUS))
-        who = int(rng.integers(people))
+        who = int(rng.integers(self.config.characters))
         enters = self.config.entering > 0 and rng.random() < self.config.entering
         return self._appearance(rng, frames, size, who, framing, place, enters)
 
@@ -419,10 +403,10 @@ class ToyScenes:
         on_grid = (np.clip(np.floor(point / grid), np.ceil(low / grid - 0.5), np.floor(high / grid - 0.5)) + 0.5) * grid
         return np.where((low <= on_grid) & (on_grid <= high), on_grid, point)
 
-    def _long_shot(self, rng: np.random.Generator, frames: int, shots: int, size, people: int) -> tuple[ShotTruth, ...]:
+    def _long_shot(self, rng: np.random.Generator, frames: int, shots: int, size) -> tuple[ShotTruth, ...]:
         """Segments of one long shot. The character moves between the corners of a square, an edge per segment: there is
         room for every segment, and the motion changes at every boundary."""
-        who, place = int(rng.integers(people)), _choose(rng, list(PLACES))
+        who, place = int(rng.integers(self.config.characters)), _choose(rng, list(PLACES))
         framing = _choose(rng, list(RADIUS))
         low, high = _room(framing, size)
         edge = frames * step(framing, frames, *size)

@@ -76,13 +76,13 @@ def tiny_causal() -> TrainConfig:
 
 
 def micro_pretrain() -> TrainConfig:
-    """Single shots of two textured characters who come, go and return: the world of the findings."""
+    """Single shots of a character who comes, goes and returns in a woven world: that of the findings."""
     stage = tiny_pretrain()
     return replace(
         stage,
         name="micro_pretrain",
         model=micro(),
-        data=replace(stage.data, toy="cast", shots=9),
+        data=replace(stage.data, toy="returning", shots=9),
         steps=10_000,
         save_every=500,
     )

@@ -9,13 +9,16 @@ import hashlib
 import json
 from pathlib import Path
 
+from findings import page
 from harness import milliseconds, sentence, winners
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- end of results -->"
 BENCH_BEGIN, BENCH_END = "<!-- benchmarks: written by bench/report.py -->", "<!-- end of benchmarks -->"
+FINDINGS_BEGIN, FINDINGS_END = "<!-- findings: written by bench/report.py -->", "<!-- end of findings -->"
 DOCS = ROOT / "docs"
+FINDINGS = DOCS / "findings.md"
 QUESTIONS = ("attention", "norm_rope", "modulate", "plan", "training", "generation")
 
 
@@ -212,7 +215,11 @@ def _lines(axis, rows: list[dict], size: str, title: str) -> None:
 
 
 def renewed(readme: str) -> str:
-    for begin, end, text in ((BEGIN, END, results), (BENCH_BEGIN, BENCH_END, benchmarks)):
+    for begin, end, text in (
+        (BEGIN, END, results),
+        (FINDINGS_BEGIN, FINDINGS_END, lambda: page.summary(record("findings-cpu"))),
+        (BENCH_BEGIN, BENCH_END, benchmarks),
+    ):
         before, _, rest = readme.partition(begin)
         _, _, after = rest.partition(end)
         readme = f"{before}{begin}\n{text()}\n{end}{after}"
@@ -221,6 +228,8 @@ def renewed(readme: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
+    FINDINGS.write_text(page.page(record("findings-cpu")), encoding="utf-8")
+    page.draw(record("findings-cpu"), DOCS / page.FOLDER)
     for name in machines():
         cases_of(name).write_text(cases(name), encoding="utf-8")
         plot(name)

@@ -19,8 +19,8 @@ def mean(measured: Measured, name: str, shots: slice = slice(None)) -> Mean95:
     return Mean95.of(measured.per_scene(name, shots).tolist())
 
 
-def single_shots(before: Weights, after: Weights, world: World) -> Finding:
-    """Table 2, upper half: what tuning on scenes does to single shots."""
+def single_shots(before: Weights, after: Weights, world: World) -> tuple[Finding, dict[str, dict[str, float]]]:
+    """Table 2, upper half: what tuning on scenes does to single shots; and the rows of the table."""
     samples = world.singles()
     old, new = (measure(together(w, requests(w, samples)), samples) for w in (before, after))
     names = (*TEXT, "misfit", "saturation", "detail")
@@ -47,7 +47,7 @@ def single_shots(before: Weights, after: Weights, world: World) -> Finding:
         Series(label, range(len(TEXT)), [mean(m, name) for name in TEXT])
         for label, m in (("pre-trained", old), ("after LCT", new))
     ]
-    return Finding(
+    finding = Finding(
         "Single shots after LCT",
         "Table 2, upper half",
         "Every single-shot metric is better after LCT than before it.",
@@ -57,9 +57,13 @@ def single_shots(before: Weights, after: Weights, world: World) -> Finding:
         (", ".join(TEXT), "share right"),
         lines,
     )
+    return finding, {
+        "single-shot, pre-trained, -": columns(old),
+        "single-shot, post-LCT, -": columns(new),
+    }
 
 
-def modes(lct: Weights, causal: Weights, world: World) -> tuple[Finding, Finding, dict[str, dict[str, Mean95]]]:
+def modes(lct: Weights, causal: Weights, world: World) -> tuple[Finding, Finding, dict[str, dict[str, float]]]:
     """Table 2, lower half: joint, auto-regressive, causal; context against isolation; and the rows of the table."""
     samples = world.draw(6)
     scenes = requests(lct, samples)
@@ -107,16 +111,14 @@ def modes(lct: Weights, causal: Weights, world: World) -> tuple[Finding, Finding
         ("shot", "identity error"),
         [by_shot(way, m, "identity") for way, m in found.items()],
     )
-    table = {
-        way: {
-            "quality": 1 - mean(m, "misfit").mean,
-            "subject": 1 - mean(m, "colour").mean,
-            "background": 1 - mean(m, "background").mean,
-            "text": mean(m, "text").mean,
-        }
-        for way, m in list(found.items())[:3]
-    }
-    return text, context, table
+    return text, context, {f"multi-shot, {way}": columns(m) for way, m in list(found.items())[:3]}
+
+
+def columns(m: Measured) -> dict[str, float]:
+    """What stands in the paper's tables, as toy stand-ins for its columns, from 0 to 1."""
+    found = {"quality": 1 - mean(m, "misfit").mean, "text": mean(m, "text").mean}
+    consistency = 1 - mean(m, "identity").mean
+    return found | ({"consistency": consistency} if np.isfinite(consistency) else {})
 
 
 def by_shot(name: str, measured: Measured, score: str) -> Series:

@@ -10,7 +10,7 @@ import numpy as np
 
 from findings.finding import Finding, Row, Series, World, said
 from findings.metrics import measure, paired
-from findings.quality import by_shot, mean
+from findings.quality import by_shot, columns, mean
 from findings.ways import Weights, image, keyframes_then_animation, on_identity_images, one_by_one, requests, together
 from lct.data.readout import character_distance, colour_error, read_shot
 from lct.data.scenes import SceneSample, shot_prompt
@@ -86,16 +86,7 @@ def comparison(lct: Weights, causal: Weights, world: World) -> tuple[Finding, Fi
         ("shot", "colour error"),
         [by_shot(way, m, "colour") for way, m in found.items()],
     )
-    table = {
-        way: {
-            "quality": 1 - mean(m, "misfit").mean,
-            "subject": 1 - mean(m, "colour").mean,
-            "background": 1 - mean(m, "background").mean,
-            "text": mean(m, "text").mean,
-        }
-        for way, m in found.items()
-    }
-    return framing, reappearance, table
+    return framing, reappearance, {way: columns(m) for way, m in found.items()}
 
 
 def _diversity(frames) -> Mean95:

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test sanitize gpu pretrained lint clean
+.PHONY: demo findings test sanitize gpu pretrained lint clean
 
 .venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,10 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
 demo: .venv/ready
 	$(BIN)/lct demo --out demo
+
+# What of the paper's findings holds at small scale: trains what it needs, hours on two cores; goes on where it stopped.
+findings: .venv/ready-to-test
+	$(BIN)/lct bench findings --check
 
 test: .venv/ready-to-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

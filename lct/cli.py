@@ -1,4 +1,4 @@
-"""The command line: `lct demo`, `train`, `sample`, `direct`, `ingest`, `mask`, `estimate`, `doctor`, `bench`; without torch.
+"""The command line, `lct demo`, `train`, `sample`, `direct` and the others; it starts without torch.
 
 What a user can mend is a ValueError, OSError or ImportError; `main` prints it in one line and exits with 2.
 """
@@ -160,7 +160,7 @@ def _direct(arguments: list[str]) -> None:
         + "; without one, actions are asked for. `lct direct SCENE ACTION --help` says what it takes."
     )
     command = tyro.cli(DirectCommand, args=arguments[:at], prog="lct direct", description=about)
-    studio = open_studio(command)
+    studio = open_studio(**vars(command))
     if arguments[at:]:
         act(studio, arguments[at:])
     else:

@@ -17,7 +17,7 @@ from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry, read_scene, w
 from lct.data.video import read_video, write_video
 from lct.direct.board import Board, Settings
 from lct.direct.studio import Studio
-from lct.direct.terminal import actions, act
+from lct.direct.terminal import act, actions
 from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive
 from lct.train.checkpoint import digest_of, load_model, save_weights

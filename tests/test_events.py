@@ -106,6 +106,12 @@ def test_something_that_appears_is_an_event_though_nothing_moves():
     assert f1([(find_events(noisy(frames, 4), FPS, SHORTEST), [31])]) == 1
 
 
+def test_light_that_fades_quickly_is_an_event_though_nothing_moves():
+    light = np.interp(np.arange(60), (26, 34), (200, 60)).astype(np.uint8)[:, None, None, None]
+    frames = light * np.ones((1, 48, 64, 3), np.uint8)
+    assert f1([(find_events(noisy(frames, 4), FPS, SHORTEST), [30])]) == 1
+
+
 def test_what_moves_is_seen_in_colours_that_are_alike_in_grey():
     frames = np.full((48, 48, 64, 3), (0, 130, 0), np.uint8)  # 0.587 · 130 = 0.299 · 255
     for i in range(48):

@@ -180,7 +180,9 @@ def test_offsets_of_a_layout():
     plain = SceneLayout([SCENE])
     moved = layout.positions() - plain.positions()
     for shot, (start, end) in enumerate(zip(plain.shot_starts, plain.shot_ends, strict=True)):
-        assert torch.equal(moved[start:end], torch.full((end - start, 3), [0, 7, 0.5, 30][shot] - plain.origins()[shot]))
+        assert torch.equal(
+            moved[start:end], torch.full((end - start, 3), [0, 7, 0.5, 30][shot] - plain.origins()[shot])
+        )
     assert layout != plain and hash(layout) == hash(SceneLayout([SCENE], offsets=[[0, 7, 0.5, 30]]))
     assert torch.equal(layout.dense_mask(), plain.dense_mask())
     for wrong, message in (([[0, 1]], "one for each shot"), ([[0, 1, 2, float("nan")]], "finite"), ([0], "scene 0")):

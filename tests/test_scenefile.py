@@ -324,9 +324,9 @@ def test_segments_of_a_long_shot_are_drawn_before_shots_are_divided(tmp_path):
     # no scene has so many segments: a shot of six frames would do, but there is none
     with pytest.raises(ValueError, match="expected a shot of 6 frames"):
         folder.sample("no_cut", rng, 6)
-    write_long(tmp_path, "alone", [6])
+    write_long(tmp_path, "other", [6, 1])
     parts = SceneFolder(tmp_path).sample("no_cut", rng, 6).shots
-    assert [shot.prompt for shot in parts] == ["alone 0"] * 6 and all(len(shot.latents) == 1 for shot in parts)
+    assert [shot.prompt for shot in parts] == ["other 0"] * 6 and all(len(shot.latents) == 1 for shot in parts)
 
 
 def test_scenes_that_mix_cuts_and_segments_belong_to_neither_kind(tmp_path):

@@ -24,9 +24,9 @@ def page(record: dict[str, Any]) -> str:
         "# The paper's findings at small scale",
         "",
         f"Written by `python bench/report.py` from `bench/results/findings-cpu.json`: {len(held)} of "
-        f"{len(record['findings'])} hold. A model of a million parameters is trained on toy scenes whose truth is known "
-        f"and whose characters and places stand in no prompt. {record['scenes']} held-out scenes (four times as many "
-        "single shots), the same prompts and seeds for everything that is compared, means with 95 % intervals. "
+        f"{len(record['findings'])} hold. A model of a million parameters is trained on toy scenes: their truth is "
+        f"known, their characters and places stand in no prompt. {record['scenes']} held-out scenes (four times as "
+        "many single shots), the same prompts and seeds for everything that is compared, means with 95 % intervals. "
         "`make findings` trains and measures all of it; `lct bench findings --quick` asks the weights in "
         "`bench/findings/weights`.",
         "",

@@ -147,18 +147,18 @@ def read_shot(frames: np.ndarray) -> ShotReading:
         light,
         place,
         rgb,
-        float(weave),
+        weave,
         enters,
         misfit,
     )
 
 
-def _weave(ground: np.ndarray, rows: np.ndarray) -> np.float32:
+def _weave(ground: np.ndarray, rows: np.ndarray) -> float:
     """Strength of the weave of the ground [T, h, W, 3], 0 where it is faint: the median over pixels and channels of how
     far a row is from the mean of the two beside it, halved."""
     beside = (ground[:, :-2] + ground[:, 2:]) / 2
     weave = np.median((ground[:, 1:-1] - beside) * rows[1:-1, None, None]) / 2
-    return np.float32(weave if abs(weave) >= FAINT else 0)
+    return float(weave) if abs(weave) >= FAINT else 0.0
 
 
 def _background(ground: np.ndarray, where: np.ndarray, top: int, height: int) -> tuple[str, np.ndarray]:

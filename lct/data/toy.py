@@ -261,8 +261,8 @@ def to_frames(latents: np.ndarray) -> np.ndarray:
 def _shot_text(shot: ShotTruth) -> str:
     if shot.who is None:
         return f"{shot.framing} of the {shot.place}"
-    entering = " entering" if shot.enters else ""
-    return f"{shot.framing} of Character {shot.who + 1}{entering}, {shot.corner}, moving {shot.motion} {PLACES[shot.place]}"
+    who = f"Character {shot.who + 1}{' entering' if shot.enters else ''}"
+    return f"{shot.framing} of {who}, {shot.corner}, moving {shot.motion} {PLACES[shot.place]}"
 
 
 def _global_text(truth: ToyTruth) -> str:

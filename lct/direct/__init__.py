@@ -1,1 +1,1 @@
-"""A director's workflow: shots on a board, takes of them that form a graph, and what can be done with both (§ 3.4, § 4.3)."""
+"""A director's workflow: shots on a board, takes of them that form a graph, actions on both (paper § 3.4, § 4.3)."""

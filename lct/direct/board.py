@@ -1,8 +1,8 @@
 """What a director has decided: the shots as they are wanted, and for each the take that stands for it.
 
-A take is made from *inputs*: prompts, size, seed, settings, and the takes that it saw. Its name is a hash of them, so takes
-form a graph: one whose inputs are no longer those that its shot asks for is *stale*, and asking again for what was
-made before finds it. Boards are values; every action makes a new one.
+A take is made from *inputs*: prompts, size, seed, settings, and the takes that it saw. Its name is a hash of them, so
+takes form a graph: one whose inputs are no longer those that its shot asks for is *stale*, and asking again for what
+was made before finds it. Boards are values; every action makes a new one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Card:
     """One shot on the board.
 
     name   stays with the shot wherever it stands
-    sees   which shots it sees, as in a scene file, but explicit ones by name; None: as many as training had, see `choose`
+    sees   which shots it sees, as in a scene file, but explicit ones by name; None: what fits, see `choose`
     take   the take that stands for it, None while there is none
     kept   approved: nothing but `reroll` and `keep` change its take
     """
@@ -77,7 +77,7 @@ class Board:
                 entry.cut,
                 entry.size,
                 i if entry.seed is None else entry.seed,
-                entry.sees if isinstance(entry.sees, str | None) else tuple(names[n - 1] for n in entry.sees),
+                tuple(names[n - 1] for n in entry.sees) if isinstance(entry.sees, tuple) else entry.sees,
             )
             for i, (name, entry) in enumerate(zip(names, scene.shots, strict=True))
         )
@@ -173,13 +173,15 @@ class Board:
         try:
             values = json.loads(text)
             shared, settings = values.pop("global_prompt"), Settings(**values.pop("settings"))
-            cards = tuple(
-                Card(**{k: tuple(v) if isinstance(v, list) else v for k, v in card.items()})
-                for card in values.pop("cards")
-            )
+            cards = tuple(_card(card) for card in values.pop("cards"))
             return cls(None if shared is None else GlobalPrompt(**shared), cards, settings, **values)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"expected a board of this version, got {error!r}") from None
+
+
+def _card(values: dict[str, Any]) -> Card:
+    fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
+    return Card(**fields)
 
 
 def take_name(inputs: Inputs) -> str:

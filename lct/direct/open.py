@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lct.direct.board import Settings
 from lct.direct.studio import BOARDS, Studio
 from lct.train.checkpoint import digest_of
 
-SETTINGS = ("steps", "guidance", "history_guidance", "history_time")
 
+def open_studio(
+    scene: Path,
+    weights: str | None = None,
+    project: Path | None = None,
+    fps: float | None = None,
+    device: str = "cpu",
+    impl: str = "auto",
+    **settings: float | None,
+) -> Studio:
+    """The project of a scene, made where there is none.
 
-class Wanted(Protocol):
-    """The options of `lct direct`."""
-
-    scene: Path
-    weights: str | None
-    project: Path | None
-    fps: float | None
-    device: str
-    impl: str
-
-
-def open_studio(wanted: Wanted) -> Studio:
-    """The project of a scene, made where there is none; options that are given change its settings.
+    scene     a scene file, its folder, or the project itself; `project` is SCENE-direct beside it by default
+    settings  fields of `Settings`; those that are not None change a project's
 
     ValueError where a project is to be made and no weights are named.
     """
-    scene = wanted.scene
     home = (scene if scene.is_dir() else scene.parent).resolve()
-    project = wanted.project or (scene if (scene / BOARDS).is_dir() else home.with_name(f"{home.name}-direct"))
-    changes: dict[str, Any] = {n: getattr(wanted, n) for n in SETTINGS if getattr(wanted, n) is not None}
-    if wanted.weights is not None:
-        changes |= {"weights": wanted.weights, "digest": digest_of(wanted.weights)}
-    options: dict[str, Any] = {"device": wanted.device, "impl": wanted.impl, "report": print}
+    project = project or (scene if (scene / BOARDS).is_dir() else home.with_name(f"{home.name}-direct"))
+    changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if weights is not None:
+        changes |= {"weights": weights, "digest": digest_of(weights)}
     if (project / BOARDS).is_dir():
-        return Studio.open(project, changes, **options)
-    if wanted.weights is None:
+        return Studio.open(project, changes, device=device, impl=impl, report=print)
+    if weights is None:
         raise ValueError(f"weights: expected those to begin {project} with; add --weights FILE")
-    return Studio.begin(scene, project, Settings(**changes), wanted.fps, **options)
+    return Studio.begin(scene, project, Settings(**changes), fps, device=device, impl=impl, report=print)

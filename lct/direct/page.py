@@ -14,11 +14,17 @@ from typing import Any
 from lct.direct.studio import FILM, SHEET, TAKES, Studio
 
 CSS = """
-.shot { border: 1px solid var(--border-color-primary); border-radius: .6rem; padding: .75rem; min-width: 15rem !important; }
+.shot { border: 1px solid var(--border-color-primary); border-radius: .6rem; padding: .75rem; max-width: 20rem;
+  min-width: 14rem !important; }
 .shot video, .shot img { image-rendering: pixelated; border-radius: .4rem; }
-.state { font-size: .8rem; padding: .1rem .5rem; border-radius: 1rem; border: 1px solid currentColor; white-space: nowrap; }
+.shot .row { flex-wrap: nowrap; gap: .5rem; }
+.shot button { min-width: 0; }
+.state { font-size: .8rem; padding: .1rem .5rem; border-radius: 1rem; border: 1px solid currentColor;
+  white-space: nowrap; }
 .empty { color: var(--body-text-color-subdued); } .given { color: #0b7285; } .made { color: #00734f; }
 .stale { color: #b3400c; font-weight: 600; }
+.dark .given { color: #66d9e8; } .dark .made { color: #4fc79a; } .dark .stale { color: #f08a52; }
+@media (max-width: 40rem) { .shot { max-width: none; } }
 """
 COLUMNS = 4
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
@@ -61,7 +67,8 @@ def build(studio: Studio) -> Any:
                         with gr.Column(elem_classes="shot", elem_id=f"shot-{i + 1}"):
                             _shot(gr, studio, board, i, states[i], turn, acting)
             with gr.Row(equal_height=True):
-                prompt = gr.Textbox(label="Extend with", placeholder="Close-up of Character 1 …", interactive=True, scale=6)
+                hint = "Close-up of Character 1 …"
+                prompt = gr.Textbox(label="Extend with", placeholder=hint, interactive=True, scale=6)
                 cut = gr.Checkbox(value=True, label="after a cut", interactive=True, scale=1)
                 extend = gr.Button("Extend", elem_id="extend", scale=1)
                 extend.click(acting(studio.extend), [turn, prompt, cut], [turn])
@@ -84,12 +91,12 @@ def _shot(gr, studio: Studio, board, index: int, state: str, turn, acting) -> No
             gr.Image(str(folder / SHEET), show_label=False)
     with gr.Row():
         if card.take is None:
-            gr.Button("Make", size="sm").click(acting(lambda: studio.make(number)), [turn], [turn])
+            gr.Button("Make", size="sm", min_width=60).click(acting(lambda: studio.make(number)), [turn], [turn])
         else:
-            keep = gr.Button("Keep", size="sm", interactive=not card.kept, elem_id=f"keep-{number}")
+            keep = gr.Button("Keep", size="sm", min_width=60, interactive=not card.kept, elem_id=f"keep-{number}")
             keep.click(acting(lambda: studio.keep(number)), [turn], [turn])
             if state != "given":
-                reroll = gr.Button("Re-roll", size="sm", elem_id=f"reroll-{number}")
+                reroll = gr.Button("Re-roll", size="sm", min_width=60, elem_id=f"reroll-{number}")
                 reroll.click(acting(lambda: studio.reroll(number)), [turn], [turn])
     takes = studio.takes(number)
     if len(takes) > 1:

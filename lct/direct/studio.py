@@ -1,7 +1,7 @@
 """Every action of a director, each a method that can be called from a terminal, a script or the page.
 
-A project is a folder: `boards/` holds the board after every action, `takes/` a folder per take. Both are only added to, so
-nothing is lost: undoing goes back a board, and a take that was made once is found again.
+A project is a folder: `boards/` holds the board after every action, `takes/` a folder per take. No take is ever
+removed: undoing goes back a board, and a take that was made once is found again.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Studio:
         return [self._take(index, action, again=i > 0) for i, index in enumerate(numbers)]
 
     def reroll(self, shot: int, seed: int | None = None) -> list[str]:
-        """A new take of one shot, with a new seed; every other file stays as it is, and shots that saw it become stale."""
+        """A new take of one shot, with a new seed; no other file changes, and shots that saw it become stale."""
         board = self.board
         index = board.number(shot)
         if seed is None:
@@ -149,7 +149,7 @@ class Studio:
         return [self._take(index, f"reroll {shot}", seed=seed, kept=False)]
 
     def refresh(self, *shots: int) -> list[str]:
-        """Make stale takes anew, with the same seeds over the history as it is now: those named, or all but kept ones."""
+        """Make stale takes anew, with their seeds over the history as it is now: those named, or all but kept ones."""
         done = []
         named = [self.board.number(shot) for shot in shots]
         for index in range(len(self.board.cards)):  # in order: a take that changes makes later ones stale
@@ -199,8 +199,8 @@ class Studio:
         return {"prompt": prompt, "cut": cut, "size": tuple(made_from["size"]), "seed": made_from["seed"]}
 
     def sees(self, shot: int, *choice: str) -> None:
-        """Choose which shots a shot sees, and in which order: `all`, `recent:2`, `relevant:3`, or numbers; none for what
-        fits."""
+        """Choose which shots a shot sees, and in which order: `all`, `recent:2`, `relevant:3`, or numbers; nothing for
+        what fits."""
         board = self.board
         index = board.number(shot)
         self._write_board(replace(self._seeing(board, index, choice), action=f"sees {shot} {' '.join(choice)}"))

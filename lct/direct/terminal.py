@@ -23,8 +23,8 @@ def status(studio: Studio) -> None:
     """What stands on the board: every shot, what it sees, its take, and whether that is stale."""
     board = studio.board
     table = Table(title=f"{studio.folder.name}, branch {board.branch}", title_justify="left")
-    for name, justify in (("shot", "right"), ("prompt", "left"), ("sees", "left"), ("seed", "right"), ("take", "left")):
-        table.add_column(name, justify=justify, overflow="fold")
+    for name in ("shot", "prompt", "sees", "seed", "take"):
+        table.add_column(name, justify="right" if name in ("shot", "seed") else "left", overflow="fold")
     for i, card in enumerate(board.cards):
         state = studio.state(i, board)
         take = Text(f"{state}{', kept' if card.kept else ''}", STYLES[state])

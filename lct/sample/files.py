@@ -10,7 +10,7 @@ import torch
 
 from lct.data.atomic import check_vacant, new_folder
 from lct.data.latents import PixelCodec, patchify, size_in_patches, unpatchify
-from lct.data.scenefile import ShotEntry, load_shot, read_scene, write_scene
+from lct.data.scenefile import SceneFile, ShotEntry, load_shot, read_scene, write_scene
 from lct.data.scenes import ShotSample, shot_prompt
 from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet
@@ -18,6 +18,7 @@ from lct.model.mmdit import MMDiT
 from lct.sample.autoregressive import autoregressive
 from lct.sample.joint import joint
 from lct.sample.request import Sampling, SceneRequest, ShotRequest
+from lct.sample.select import CONTEXT, choose
 
 SHEET, SCENE = "contact-sheet.png", "scene"
 DEFAULT_FPS = 6.0
@@ -61,7 +62,8 @@ def sample_scene(
     if (mode or ("auto-regressive" if causal else "joint")) == "joint":
         (latents,) = joint(model, [request], sampling, visibility, impl)
     else:
-        (latents,) = autoregressive(model, [request], sampling, visibility, cached=causal, impl=impl)
+        chosen = _chosen(folder, file) if causal else None
+        (latents,) = autoregressive(model, [request], sampling, visibility, causal, impl, chosen)
     videos = [
         given[i].latents if i in given else unpatchify(rows.float().cpu(), shot.video, model.config.patch).numpy()
         for i, (rows, shot) in enumerate(zip(latents, shots, strict=True))
@@ -81,6 +83,22 @@ def sample_scene(
         marks = {("scene", i) for i in given}
         contact_sheet([("scene", frames)], captions, given=marks).save(temporary / SHEET)
     return out
+
+
+def _chosen(folder: Path, file: SceneFile) -> list[list[int]] | None:
+    """The earlier shots that each one sees, where the file says so or not all fit a context as in training."""
+    if all(entry.sees is None for entry in file.shots) and len(file.shots) <= CONTEXT:
+        return None
+    prompts = [entry.prompt for entry in file.shots]
+    chosen = []
+    for i, entry in enumerate(file.shots):
+        chosen.append(choose(entry.sees, prompts, i))
+        if max(chosen[-1], default=-1) >= i:
+            raise ValueError(
+                f"{folder}: shot {i + 1}: sees: expected earlier shots where a scene is made in one go, got "
+                f"{entry.sees}; make it with lct direct"
+            )
+    return chosen
 
 
 def _request(model: MMDiT, folder: Path, index: int, entry: ShotEntry, given: ShotSample | None) -> ShotRequest:

@@ -1,7 +1,7 @@
 """The shots that stand, and the velocity of a new one over them (paper § 3.3, § 3.4, Fig. 4 a.2, b).
 
-`CachedHistory` keeps keys and values, `PooledHistory` gathers those of chosen shots from a pool, `RecomputedHistory` runs
-the whole scene in every step. All three give the same shots where all can run.
+`CachedHistory` keeps keys and values, `PooledHistory` gathers those of chosen shots from a pool, `RecomputedHistory`
+runs the whole scene in every step. All three give the same shots where all can run.
 """
 
 from __future__ import annotations

@@ -61,13 +61,16 @@ def _words(text: str) -> list[str]:
 CONTEXT = 9  # shots that training had in one context, the new one included (§ 4)
 
 
-def choose(sees: str | None, prompts: Sequence[str], index: int, context: int = CONTEXT) -> list[int]:
-    """The shots that shot `index` sees by a rule of a scene file, in the order of the scene.
+def choose(sees: str | tuple[int, ...] | None, prompts: Sequence[str], index: int, context: int = CONTEXT) -> list[int]:
+    """The shots that shot `index` sees by what a scene file says, in the order in which they stand before it.
 
-    sees  "all", "recent:K" or "relevant:K"; None: all where they fit a context as in training, else the most relevant
+    sees  "all", "recent:K" or "relevant:K"; shot numbers, counted from 1; None: all where they fit a context as in
+          training, else the most relevant
 
     Raises ValueError for another rule.
     """
+    if isinstance(sees, tuple):
+        return [number - 1 for number in sees]
     rule, _, number = (sees or "").partition(":")
     if rule == "all" and not number:
         return list(range(index))

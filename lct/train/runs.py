@@ -184,18 +184,10 @@ def paper_lct_causal() -> TrainConfig:
 RUNS: dict[str, Callable[[], TrainConfig]] = {
     run.__name__: run
     for run in (
-        tiny_pretrain,
-        tiny_text_rope,
-        tiny_lct,
-        tiny_causal,
-        micro_pretrain,
-        micro_text_rope,
-        micro_lct,
-        micro_causal,
-        film,
-        paper_lct,
-        paper_lct_causal,
-    )  # fmt: skip
+        *(tiny_pretrain, tiny_text_rope, tiny_lct, tiny_causal),
+        *(micro_pretrain, micro_text_rope, micro_lct, micro_causal),
+        *(film, paper_lct, paper_lct_causal),
+    )
 }
 
 

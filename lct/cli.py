@@ -6,6 +6,7 @@ What a user can mend is a ValueError, OSError or ImportError; `main` prints it i
 from __future__ import annotations
 
 import runpy
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,7 @@ def ingest(
     patch: int = 4,
     fps: float = 8.0,
     max_frames: int = 64,
+    divide: bool = False,
 ) -> None:
     """Cut a film into shots and scenes, and write scene files with latents.
 
@@ -186,10 +188,66 @@ def ingest(
         patch: Sizes are multiples of so many latent pixels; 4 suits both models.
         fps: Latent frames a second.
         max_frames: Most latent frames of a shot.
+        divide: Also divide long shots with much change at their events, into scenes without cuts.
     """
     from lct.data.ingest import ingest as run_ingest
 
-    print(run_ingest(film, out, side=side, stride=stride, patch=patch, fps=fps, max_frames=max_frames))
+    options = {"side": side, "stride": stride, "patch": patch, "fps": fps, "max_frames": max_frames}
+    print(run_ingest(film, out, divide=divide, **options))
+
+
+def caption(folder: tyro.conf.Positional[Path], command: str) -> None:
+    """Let a command of your own describe the shots of a scene folder, and write its prompts into the scene file.
+
+    Args:
+        folder: A scene folder with latents, as `lct ingest` writes it.
+        command: Such as "python captioner.py --model NAME". It reads JSON, {"instructions": "…", "files": ["….png",
+            …]}, on its standard input and writes the prompts as TOML to its standard output.
+    """
+    from lct.data.prompts import caption as run_caption
+
+    run_caption(folder, shlex.split(command))
+    print(folder)
+
+
+def plan(
+    idea: tyro.conf.Positional[str],
+    command: str,
+    out: Path = Path("scene"),
+    shots: int = 5,
+    size: tuple[int, int, int] = (16, 60, 60),
+) -> None:
+    """Let a command of your own turn an idea into a scene file.
+
+    Args:
+        idea: What the scene is about, in your words.
+        command: As in `lct caption`; it is given no files.
+        out: New folder of the scene file.
+        shots: Their number.
+        size: Frames, height and width of a shot in latent pixels; the command may choose fewer frames.
+    """
+    from lct.data.atomic import check_vacant
+    from lct.data.prompts import plan as run_plan
+    from lct.data.scenefile import write_scene
+
+    check_vacant(out)
+    write_scene(out, run_plan(idea, shlex.split(command), shots, size))
+    print(out)
+
+
+def check(scene: tyro.conf.Positional[Path]) -> int:
+    """Say what is wrong with the prompts of a scene file; exit with 1 where anything is.
+
+    Args:
+        scene: A scene.toml, or its folder.
+    """
+    from lct.data.prompts import problems
+    from lct.data.scenefile import read_scene
+
+    found = problems(read_scene(scene))
+    for problem in found:
+        print(f"{scene}: {problem}")
+    return 1 if found else 0
 
 
 def mask(
@@ -290,7 +348,9 @@ def parse_layout(words: tuple[str, ...], visibility: str):
     return SceneLayout(scenes, visibility)
 
 
-COMMANDS = {f.__name__: f for f in (demo, train, sample, direct, ingest, mask, estimate, doctor, bench)}
+COMMANDS = {
+    f.__name__: f for f in (demo, train, sample, direct, ingest, caption, plan, check, mask, estimate, doctor, bench)
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

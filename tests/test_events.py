@@ -107,7 +107,7 @@ def test_something_that_appears_is_an_event_though_nothing_moves():
 
 
 def test_light_that_fades_quickly_is_an_event_though_nothing_moves():
-    light = np.interp(np.arange(60), (26, 34), (200, 60)).astype(np.uint8)[:, None, None, None]
+    light = np.interp(np.arange(60), (27, 33), (200, 60)).astype(np.uint8)[:, None, None, None]
     frames = light * np.ones((1, 48, 64, 3), np.uint8)
     assert f1([(find_events(noisy(frames, 4), FPS, SHORTEST), [30])]) == 1
 

@@ -13,7 +13,7 @@ from lct.data.toy import ToyScenes
 from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, autoregressive, joint
 from lct.sample.history import CachedHistory
-from lct.sample.select import characters, choose, recent, relevant
+from lct.sample.select import choose, recent, relevant
 
 SCENE = [Shot(3, (1, 1, 1), "global"), Shot(2, (2, 1, 2)), Shot(1, (1, 2, 2)), Shot(4, (2, 2, 1))]
 
@@ -232,10 +232,6 @@ STORY = [
     "wide shot of Character 2 on the street",
     "close-up of Character 2 on the street",
 ]
-
-
-def test_names_in_a_prompt():
-    assert characters("Character 1 meets Character Rose-2. Characters laugh; the character waits") == {"1", "Rose-2"}
 
 
 def test_the_newest_and_the_most_relevant():

@@ -184,8 +184,9 @@ def _listen(process: Popen, timeout: float) -> tuple[bytes, bytes, str]:
         for stream in (process.stdout, process.stderr):
             streams.register(stream, selectors.EVENT_READ)  # type: ignore[arg-type]
         while streams.get_map():
-            ready = streams.select(max(deadline - time.monotonic(), 0))
-            if not ready or time.monotonic() > deadline:
+            left = deadline - time.monotonic()
+            ready = streams.select(left) if left > 0 else []
+            if not ready:
                 return answer, words, late
             for key, _ in ready:
                 part = os.read(key.fd, 1 << 16)

@@ -11,15 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-CHARACTER = re.compile(r"\bCharacter\s+([A-Za-z0-9][A-Za-z0-9._-]*)")
+from lct.data.prompts import characters
+
 WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
 # A character named in both prompts weighs more than all words they can share: identity is what history is for.
 SAME_CHARACTER = 2.0
-
-
-def characters(prompt: str) -> frozenset[str]:
-    """IDs of the characters that a prompt names, as "Character ID" (§ 3.2.1)."""
-    return frozenset(name.rstrip(".-") for name in CHARACTER.findall(prompt))
 
 
 def recent(shots: int, most: int) -> list[int]:
@@ -36,7 +32,7 @@ def relevant(prompt: str, earlier: Sequence[str], most: int) -> list[int]:
     """
     score = [_relevance(prompt, other, earlier) for other in earlier]
     ranked = sorted(range(len(earlier)), key=lambda i: (score[i], i), reverse=True)
-    wanted = sorted(characters(prompt))
+    wanted = characters(prompt)
     first = [next((i for i in ranked if name in characters(earlier[i])), None) for name in wanted]
     order = dict.fromkeys([*(i for i in first if i is not None), *ranked])
     return sorted(list(order)[:most])
@@ -51,7 +47,7 @@ def _relevance(prompt: str, other: str, all_prompts: Sequence[str]) -> float:
 
     both = math.sqrt(weight(mine) * weight(theirs))
     cosine = weight(mine & theirs) / both if both else 0.0
-    return cosine + SAME_CHARACTER * len(characters(prompt) & characters(other))
+    return cosine + SAME_CHARACTER * len(set(characters(prompt)) & set(characters(other)))
 
 
 def _words(text: str) -> list[str]:

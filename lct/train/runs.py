@@ -100,7 +100,7 @@ def micro_text_rope() -> TrainConfig:
 def micro_lct() -> TrainConfig:
     """Long context tuning on scenes of up to nine shots, as in the paper (§ 4).
 
-    Half of the draws are single shots: losses are averaged over shots, of which a fifth of the draws would be one in twenty.
+    Half of the draws are single shots: losses are averaged over shots, and with a fifth only one shot in twenty is.
     """
     stage, start = tiny_lct(), micro_text_rope()
     return replace(

@@ -223,7 +223,11 @@ def pooled_keys(causal: Weights, world: World) -> Finding:
 
 
 def recomputed(
-    causal: Weights, scenes: Sequence[SceneRequest], chosen: Sequence[Sequence[int]], like: Sequence[Sequence[Tensor]]
+    causal: Weights,
+    scenes: Sequence[SceneRequest],
+    chosen: Sequence[Sequence[int]],
+    like: Sequence[Sequence[Tensor]],
+    **options,
 ) -> list[list[Tensor]]:
     """Every shot over its chosen ones as if they were a scene of their own; those are taken from `like`."""
     made: list[list[Tensor]] = [[] for _ in scenes]
@@ -239,7 +243,7 @@ def recomputed(
                 for i in seen
             )
             alone.append(SceneRequest(scene.global_prompt, (*history, scene.shots[index])))
-        for scene, shots in zip(made, shot_by_shot(causal, alone), strict=True):
+        for scene, shots in zip(made, shot_by_shot(causal, alone, **options), strict=True):
             scene.append(shots[-1])
     return made
 

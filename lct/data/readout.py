@@ -52,6 +52,7 @@ class ShotReading:
 
     frames                         T
     character_rgb, background_rgb  float [3] in [0, 1]
+    centres                        float [T, 2], (y, x) of the character in pixels, of the frames that show it
     enters                         nobody is in the first frame, and somebody in the last; corner and motion are then
                                    those of the frames that show the character
     misfit                         rms difference of the pixels from the cleanest drawing of what is read, in [0, 1]
@@ -69,6 +70,7 @@ class ShotReading:
     place: str
     background_rgb: np.ndarray
     weave: float
+    centres: np.ndarray | None
     enters: bool
     misfit: float
 
@@ -121,6 +123,7 @@ def read_shot(frames: np.ndarray) -> ShotReading:
         place,
         rgb,
         weave,
+        None,
         False,
         _rms(woven - empty),
     )
@@ -132,8 +135,8 @@ def read_shot(frames: np.ndarray) -> ShotReading:
     framing, shape, texture, colour, misfit = _fit(woven[shown][whole], empty, centroids[whole], unit(height, width))
     if colour_error(colour, rgb) < VISIBLE:
         return nobody
-    y, x = centroids[0] - _centre(shape, framing, unit(height, width))
-    corner = corner_of(top + y, x, height, width)
+    centres = centroids - _centre(shape, framing, unit(height, width)) + (top, 0)
+    corner = corner_of(*centres[0], height, width)
     motion = _motion(centroids)
     return ShotReading(
         len(frames),
@@ -148,6 +151,7 @@ def read_shot(frames: np.ndarray) -> ShotReading:
         place,
         rgb,
         weave,
+        centres,
         enters,
         misfit,
     )

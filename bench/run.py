@@ -38,6 +38,8 @@ class Options:
     """Folder for the records; `bench/results` is the repository's own."""
     runs: Path = Path("runs/findings")
     """Where `findings` trains and keeps what it has measured; an interrupted run goes on there."""
+    share: bool = False
+    """Also renew the weights that `findings --quick` asks."""
 
 
 def main(options: Options) -> int:
@@ -63,9 +65,11 @@ def main(options: Options) -> int:
 
 def findings(options: Options, console: Console) -> int:
     """Ask for the paper's findings; how many do not hold that did when they were recorded."""
-    from findings.ask import ask, missed
+    from findings.ask import ask, missed, share
 
     record = ask(options.quick, options.runs, options.device, console)
+    if options.share:
+        share(options.runs)
     if options.out:
         write(record, options.out, f"findings-{torch.device(options.device).type}")
     return len(missed(record))

@@ -6,6 +6,7 @@ Everything can be interrupted: training goes on from its checkpoints, studies th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,12 @@ import torch
 from provenance import provenance
 from rich.console import Console
 
-from findings import history, long, quality, rivals
+from findings import finding, history, long, metrics, quality, rivals, ways
 from findings.finding import Finding, World
 from findings.ways import Weights
 from lct.data.atomic import new_file
 from lct.progress import training
-from lct.train.checkpoint import checkpoints, load_model, load_weights, save_weights
+from lct.train.checkpoint import PREFIX, checkpoints, digest_of, load_config, load_model, load_weights, save_weights
 from lct.train.config import TrainConfig
 from lct.train.runs import micro_causal, micro_lct, micro_pretrain, micro_text_rope
 from lct.train.trainer import Trainer
@@ -59,16 +60,28 @@ def ablations(folder: Path) -> Iterator[TrainConfig]:
     }
     for name, config in changed.items():
         yield replace(config, name=f"ablation_{name}")
+    # as many single shots as half of micro_lct's draws, and no scenes: what further training alone would have given
+    alone = replace(mixture, single=1.0, cut=0.0, no_cut=0.0)
+    yield replace(base, name="control_single", data=alone, steps=micro_lct().steps // 2, ema=micro_lct().ema)
 
 
 def train(folder: Path, device: str) -> None:
     """Train every stage that is not finished; a stage that was interrupted goes on."""
     for config in stages(folder):
+        if _is_finished(config, folder / config.name):
+            continue
         trainer = Trainer(config, folder / config.name, device)
         trainer.resume()
-        if trainer.step < config.steps:
-            with training(config.name, config.steps, trainer.step) as progress:
-                trainer.run(progress)
+        with training(config.name, config.steps, trainer.step) as progress:
+            trainer.run(progress)
+
+
+def _is_finished(config: TrainConfig, folder: Path) -> bool:
+    """Whether a folder holds this stage to its end, wherever its first weights lay and however often it was saved."""
+    found = checkpoints(folder)
+    if not found or found[-1].name != f"{PREFIX}{config.steps:07d}":
+        return False
+    return replace(load_config(found[-1]), init=config.init, save_every=config.save_every) == config
 
 
 @dataclass(frozen=True)
@@ -94,10 +107,14 @@ class Models:
     def causal(self) -> Weights:
         return self._weights("causal")
 
+    @property
+    def control(self) -> Weights | None:
+        """Tuned on single shots alone; not shared."""
+        return None if self.folder is None else self._weights("control_single")
+
     def causal_steps(self) -> dict[int, Weights]:
-        """Checkpoints of the causal stage: the early ones, a ninth of the steps, half, all."""
-        if self.folder is None:
-            return {self.causal.config.steps: self.causal}
+        """Checkpoints of the causal stage: the early ones, a ninth of the steps, half, all. Not shared."""
+        assert self.folder is not None
         found = {int(path.name.split("-")[1]): path for path in checkpoints(self.folder / "micro_causal")}
         full = max(found)
         wanted = [step for step in found if step <= full / 3 or step in (full // 2, full)]
@@ -111,23 +128,23 @@ class Models:
 Answer = tuple[list[Finding], dict[str, Any]]  # findings, and rows for the paper's tables by table and way
 
 
-def _one(finding: Finding) -> Answer:
-    return [finding], {}
+def _one(found: Finding) -> Answer:
+    return [found], {}
 
 
 def _single_shots(models: Models, world: World) -> Answer:
-    finding, table = quality.single_shots(models.before, models.lct, world)
-    return [finding], {"table 2": table}
+    found, table = quality.single_shots(models.before, models.lct, models.control, world)
+    return [found], {"table 2": table}
 
 
 def _modes(models: Models, world: World) -> Answer:
-    text, context, table = quality.modes(models.lct, models.causal, world)
-    return [text, context], {"table 2": table}
+    findings, table = quality.modes(models.lct, models.causal, world)
+    return findings, {"table 2": table}
 
 
 def _comparison(models: Models, world: World) -> Answer:
-    framing, reappearance, table = rivals.comparison(models.lct, models.causal, world)
-    return [framing, reappearance], {"table 1": table}
+    findings, table = rivals.comparison(models.lct, models.causal, world)
+    return findings, {"table 1": table}
 
 
 STUDIES: dict[str, Callable[[Models, World], Answer]] = {
@@ -139,6 +156,7 @@ STUDIES: dict[str, Callable[[Models, World], Answer]] = {
     "accumulation": lambda m, w: _one(history.accumulation(m.causal, w)),
     "positions": lambda m, w: _one(long.positions(m.causal, w)),
     "twenty_shots": lambda m, w: _one(long.twenty_shots(m.causal, w)),
+    "cuts": lambda m, w: _one(long.cuts(m.causal, w)),
     "without_a_cut": lambda m, w: _one(long.without_a_cut(m.causal, w)),
     "kept_keys": lambda m, w: _one(history.kept_keys(m.causal, w)),
     "pooled_keys": lambda m, w: _one(history.pooled_keys(m.causal, w)),
@@ -147,8 +165,9 @@ STUDIES: dict[str, Callable[[Models, World], Answer]] = {
     "composition": lambda m, w: _one(rivals.composition(m.lct, m.causal, w)),
     "ablations": lambda m, w: _one(quality.ablations(*m.ablated(), w)),
 }
-TRAINED = ("ablations",)
+TRAINED = ("causal_adaptation", "ablations")
 """Studies of weights that are not shared."""
+MEASURING = (finding, metrics, ways, quality, history, long, rivals)
 
 
 def ask(quick: bool, folder: Path, device: str, console: Console) -> dict[str, Any]:
@@ -156,43 +175,59 @@ def ask(quick: bool, folder: Path, device: str, console: Console) -> dict[str, A
     if not quick:
         train(folder, device)
     models, world = Models(None if quick else folder, device), World(QUICK_SCENES if quick else SCENES)
+    inputs = None if quick else _digest(folder, world)
     record: dict[str, Any] = provenance() | {"scenes": world.scenes, "quick": quick, "findings": []}
     for name, study in STUDIES.items():
         if quick and name in TRAINED:
             continue
-        answer = _answer(name, study, models, world, None if quick else folder / "studies")
-        for finding in answer["findings"]:
-            mark = "[green]holds  [/]" if finding["holds"] else "[yellow]differs[/]"
-            console.print(f"{mark} [bold]{finding['name']}[/]  {finding['paper']}  [dim]{answer['seconds']:.0f} s[/]")
-            console.print(f"        {finding['outcome']}", markup=False)
+        answer = _answer(study, models, world, folder / "studies" / f"{name}.json", inputs)
+        for found in answer["findings"]:
+            mark = "[green]holds  [/]" if found["holds"] else "[yellow]differs[/]"
+            console.print(f"{mark} [bold]{found['name']}[/]  {found['paper']}  [dim]{answer['seconds']:.0f} s[/]")
+            console.print(f"        {found['outcome']}", markup=False)
         record["findings"] += answer["findings"]
         for table, rows in answer["tables"].items():
             record.setdefault(table, {}).update(rows)
-    held = sum(finding["holds"] for finding in record["findings"])
+    held = sum(found["holds"] for found in record["findings"])
     console.print(f"{held} of {len(record['findings'])} findings of the paper hold at this scale", style="bold")
     return record
 
 
-def _answer(name: str, study: Callable, models: Models, world: World, folder: Path | None) -> dict[str, Any]:
-    file = None if folder is None else folder / f"{name}.json"
-    if file is not None and file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+def _digest(folder: Path, world: World) -> str:
+    """Of all that answers follow from: weights, scenes, and the code that measures."""
+    weights = [digest_of(folder / config.name) for config in stages(folder)]
+    code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in MEASURING]
+    return hashlib.sha256(json.dumps([weights, world.scenes, code]).encode()).hexdigest()
+
+
+def _answer(study: Callable, models: Models, world: World, file: Path, inputs: str | None) -> dict[str, Any]:
+    """What a study says, from `file` where that was written from the same inputs; None is not kept."""
+    if inputs is not None and file.is_file():
+        answer = json.loads(file.read_text(encoding="utf-8"))
+        if answer["inputs"] == inputs:
+            return answer
     began = time.monotonic()
     findings, tables = study(models, world)
-    answer = {"findings": [f.to_dict() for f in findings], "tables": tables, "seconds": time.monotonic() - began}
-    if file is not None:
+    answer = {
+        "inputs": inputs,
+        "findings": [f.to_dict() for f in findings],
+        "tables": tables,
+        "seconds": time.monotonic() - began,
+    }
+    if inputs is not None:
         with new_file(file) as temporary:
             temporary.write_text(json.dumps(answer, indent=1, ensure_ascii=False), encoding="utf-8")
     return answer
 
 
 def missed(record: dict[str, Any]) -> list[str]:
-    """Findings that the repository's record says hold and this one says do not; over a few scenes some may by chance,
-    so that only a full record is judged."""
+    """Findings that hold in the repository's record and not in this one. A quick one is not judged: over a few scenes
+    intervals are wide, and some findings differ by chance."""
     if record["quick"] or not RECORD.is_file():
         return []
     before = {f["name"]: f["holds"] for f in json.loads(RECORD.read_text(encoding="utf-8"))["findings"]}
-    return [f["name"] for f in record["findings"] if before.get(f["name"]) and not f["holds"]]
+    now = {f["name"]: f["holds"] for f in record["findings"]}
+    return [name for name, held in before.items() if held and not now.get(name)]
 
 
 def share(folder: Path) -> None:

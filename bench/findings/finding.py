@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
+import numpy as np
+
+from findings.metrics import Measured
 from lct.data.scenes import SceneSample
 from lct.data.toy import ToyScenes
 from lct.evaluate import Mean95
@@ -16,12 +19,11 @@ SEED, SINGLE_SEED = 7, 11  # of the held-out scenes and single shots
 
 @dataclass(frozen=True)
 class Row:
-    """One number of a finding: of `what`, under `condition`. paired: its interval is of differences scene by scene."""
+    """One number of a finding: of `what`, under `condition`."""
 
     what: str
     condition: str
     value: Mean95
-    scenes: int
 
 
 @dataclass(frozen=True)
@@ -98,4 +100,35 @@ class World:
         ]
 
 
-Study = Callable[..., Finding]
+def mean(measured: Measured, name: str, shots: slice = slice(None)) -> Mean95:
+    """A score's mean over scenes, of some of their shots."""
+    return Mean95.of(measured.per_scene(name, shots).tolist())
+
+
+def rows_of(found: Mapping[str, Measured], names: Sequence[str], shots: slice = slice(None), of: str = "") -> list[Row]:
+    """Rows of several scores under several conditions; `of` says which shots."""
+    return [Row(name, f"{way}{of}", mean(m, name, shots)) for name in names for way, m in found.items()]
+
+
+def by_shot(name: str, measured: Measured, score: str) -> Series:
+    """A score of every shot that has one, counted from 1."""
+    values = measured[score]
+    numbers = [i for i in range(values.shape[1]) if np.isfinite(values[:, i]).any()]
+    return Series(name, [i + 1 for i in numbers], [Mean95.of(values[:, i].tolist()) for i in numbers])
+
+
+def columns(m: Measured) -> dict[str, float]:
+    """What stands in the paper's tables, as toy stand-ins for its columns, from 0 to 1."""
+    found = {"quality": 1 - mean(m, "misfit").mean, "text": mean(m, "text").mean}
+    consistency = 1 - mean(m, "identity").mean
+    return found | ({"consistency": consistency} if np.isfinite(consistency) else {})
+
+
+def above(value: Mean95, least: float = 0.0) -> bool:
+    """Clearly more than `least`: the whole interval is."""
+    return value.mean - value.half > least
+
+
+def below(value: Mean95, most: float) -> bool:
+    """Clearly less than `most`."""
+    return value.mean + value.half < most

@@ -13,15 +13,15 @@ import numpy as np
 
 from lct.data.readout import ShotReading, character_distance, colour_error, read_shot, score_reading
 from lct.data.scenes import SceneSample
-from lct.data.toy import to_frames
+from lct.data.toy import to_frames, weave_rows
 from lct.evaluate import Frames, Mean95
 
 TEXT = ("visible", "enters", "motion", "corner", "framing", "place", "light")
 """What a shot's prompts name; `text` is their mean."""
-JUMP = 2.5
-"""A seam is a cut where place or framing change, somebody comes or goes at once, or a character jumps so many times as
-far as it moves from frame to frame. Detectors made for films look at how much changes: they find 42 % of the true cuts
-between toy shots, whose characters move by a tenth of the frame at a time."""
+JUMP, RECOLOURED = 2.5, 0.25
+"""A seam is a cut where what is shown changes at once (place, framing, light, a colour, somebody who comes or goes), or
+where a character jumps so many times as far as it moves from frame to frame. Detectors made for films look at how much
+changes: they find 42 % of the true cuts between toy shots, whose characters move by a tenth of the frame at a time."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Measured:
 
     text                   share of what the prompts say that is right
     colour, background     hidden in the prompts: of the character and of the place, distance in RGB
-    weave                  hidden and fine: difference of its strength in the background, 0.11 by chance
+    weave                  hidden and fine: difference of its strength in the background, 0.05 where all is plain
     identity               the mean of colour and background
     misfit                 rms difference from the cleanest drawing of what is shown
-    saturation, detail     less those of the true shot: mean of max − min over RGB; rms of the second differences
+    saturation, detail     less those of the true shot, weaves taken away: mean of max − min over RGB; rms of the second
+                           differences
     gap                    shots since the character was last seen, 0 where it was not
     """
 
@@ -89,11 +90,15 @@ def _scene(shots: Sequence[np.ndarray], sample: SceneSample, given: frozenset[in
         s["identity"] = (s["colour"] + s["background"]) / 2
         true = to_frames(sample.shots[i].latents)
         s["saturation"] = saturation(shot) - saturation(true)
-        s["detail"] = detail(shot) - detail(true)
+        s["detail"] = detail(_unwoven(shot, reading.weave)) - detail(_unwoven(true, truth.weave))
         if i in given:
             s = {name: np.nan for name in s}
         scores.append(s)
     return scores
+
+
+def _unwoven(frames: np.ndarray, weave: float) -> np.ndarray:
+    return frames - weave * weave_rows(frames.shape[1])[:, None, None]
 
 
 def saturation(frames: np.ndarray) -> float:
@@ -109,22 +114,35 @@ def detail(frames: np.ndarray) -> float:
 
 
 def by_gap(measured: Measured, name: str, gaps: Sequence[tuple[int, int]]) -> list[Mean95]:
-    """A score of shots whose character was last seen so many shots ago, (least, most) of each group."""
+    """A score of shots whose character was last seen so many shots ago, (least, most) of each group; scene by scene."""
     gap, values = measured["gap"], measured[name]
-    return [Mean95.of(values[(gap >= a) & (gap <= b)].tolist()) for a, b in gaps]
+    groups = [np.where((gap >= a) & (gap <= b), values, np.nan) for a, b in gaps]
+    return [Mean95.of(mean_known(group, 1).tolist()) for group in groups]
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Cuts found at a marked seam, of how many seams, and how many were found elsewhere."""
+    """Per scene, cuts found at a marked seam, marked seams, and cuts found elsewhere; each int [scenes]."""
 
-    found: int
-    marked: int
-    false: int
+    found: np.ndarray
+    marked: np.ndarray
+    false: np.ndarray
 
-    @property
-    def f1(self) -> float:
-        return 2 * self.found / max(1, 2 * self.found + self.false + self.marked - self.found)
+    def __add__(self, other: Cuts) -> Cuts:
+        pairs = ((self.found, other.found), (self.marked, other.marked), (self.false, other.false))
+        return Cuts(*(np.concatenate(pair) for pair in pairs))
+
+    def f1(self, draws: int = 2000) -> Mean95:
+        """F1 over all scenes, with a bootstrap interval over scenes of a fixed seed."""
+        n = len(self.found)
+        picks = np.random.default_rng(0).integers(n, size=(draws, n))
+        scores = [self._f1(pick) for pick in picks]
+        low, high = np.quantile(scores, (0.025, 0.975))
+        return Mean95(self._f1(np.arange(n)), float(high - low) / 2, n)
+
+    def _f1(self, pick: np.ndarray) -> float:
+        found, marked, false = (x[pick].sum() for x in (self.found, self.marked, self.false))
+        return float(2 * found / max(1, found + marked + false))
 
 
 def cut_accuracy(frames: Frames, cuts: Sequence[Sequence[bool]]) -> Cuts:
@@ -132,20 +150,24 @@ def cut_accuracy(frames: Frames, cuts: Sequence[Sequence[bool]]) -> Cuts:
 
     cuts  per scene and shot, True where a cut stands before the shot
     """
-    found = marked = false = 0
+    counts = []
     for scene, before in zip(frames, cuts, strict=True):
         readings = [read_shot(shot) for shot in scene]
-        for left, right, wanted in zip(readings[:-1], readings[1:], before[1:], strict=True):
-            cut = _is_cut(left, right)
-            found, marked, false = found + (cut and wanted), marked + wanted, false + (cut and not wanted)
-    return Cuts(found, marked, false)
+        at = np.array([_is_cut(*pair) for pair in zip(readings[:-1], readings[1:], strict=True)])
+        wanted = np.array(before[1:], bool)
+        counts.append(((at & wanted).sum(), wanted.sum(), (at & ~wanted).sum()))
+    return Cuts(*np.array(counts).T)
 
 
 def _is_cut(left: ShotReading, right: ShotReading) -> bool:
-    if (left.place, left.framing, left.visible) != (right.place, right.framing, right.visible):
+    if (left.place, left.framing, left.light) != (right.place, right.framing, right.light):
+        return True  # the framing of an empty shot is one of its own
+    if colour_error(left.background_rgb, right.background_rgb) > RECOLOURED:
         return True
     if left.centres is None or right.centres is None:
         return False
+    if character_distance(left.character_rgb, right.character_rgb) > RECOLOURED:
+        return True
     moves = [np.linalg.norm(np.diff(x, axis=0), axis=1) for x in (left.centres, right.centres)]
     usual = float(np.concatenate(moves).mean()) if any(map(len, moves)) else 0.0
     return bool(np.linalg.norm(right.centres[0] - left.centres[-1]) > JUMP * max(usual, 1.0))

@@ -98,7 +98,9 @@ def _section(finding: dict[str, Any]) -> list[str]:
     ]
     for row in finding["rows"]:
         mean, half = row["value"]["mean"], row["value"]["half"]
-        lines.append(f"| {row['what']} | {row['condition']} | {_number(mean)} | {_number(half)} | {row['scenes']} |")
+        lines.append(
+            f"| {row['what']} | {row['condition']} | {_number(mean)} | {_number(half)} | {row['value']['n']} |"
+        )
     return [*lines, "", "</details>"]
 
 

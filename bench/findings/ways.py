@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lct.data.latents import patchify, size_in_patches
 from lct.data.scenes import SceneSample
 from lct.data.toy import ESTABLISHING
 from lct.evaluate import Frames, frames_of
@@ -80,7 +81,7 @@ def keyframes_then_animation(weights: Weights, scenes: Sequence[SceneRequest], e
     As the storyboard of a keyframe method would, the keyframe of a shot whose character comes in later shows the place
     without it.
     """
-    boards = [replace(s, shots=tuple(_still(x, i in entering) for i, x in enumerate(s.shots))) for s in scenes]
+    boards = [replace(s, shots=tuple(still(x, i in entering) for i, x in enumerate(s.shots))) for s in scenes]
     latents = joint(weights.model, boards, weights.sampling())
     alone = [
         SceneRequest(scene.global_prompt, (replace(board.shots[i], given=frames[i]), scene.shots[i]))
@@ -92,7 +93,8 @@ def keyframes_then_animation(weights: Weights, scenes: Sequence[SceneRequest], e
     return to_scenes(weights, animated, scenes)
 
 
-def _still(shot: ShotRequest, nobody: bool) -> ShotRequest:
+def still(shot: ShotRequest, nobody: bool = False) -> ShotRequest:
+    """The shot as an image (T = 1), perhaps of its place alone."""
     prompt = shot.prompt
     if nobody:
         mark = prompt[: prompt.index("]") + 2] if prompt.startswith("[") else ""
@@ -130,7 +132,5 @@ def on_identity_images(
 
 def image(latents: np.ndarray, prompt: str, patch: tuple[int, int, int], seed: int = 0) -> ShotRequest:
     """A given picture, float [H, W, C]."""
-    from lct.data.latents import patchify, size_in_patches
-
-    still = np.ascontiguousarray(latents[None], dtype=np.float32)
-    return ShotRequest(prompt, size_in_patches(still.shape, patch), seed, patchify(torch.from_numpy(still), patch))
+    clip = np.ascontiguousarray(latents[None], dtype=np.float32)
+    return ShotRequest(prompt, size_in_patches(clip.shape, patch), seed, patchify(torch.from_numpy(clip), patch))

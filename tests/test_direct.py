@@ -160,6 +160,41 @@ def test_kept_takes_are_left_alone(studio):
     assert states(studio) == ["made"] * 3
 
 
+def test_names_are_never_used_twice(studio):
+    studio.make(all=True)
+    studio.extend("wide shot of Character 1")
+    first = studio.board.cards[3].name
+    studio.undo()
+    studio.extend("wide shot of Character 2")
+    assert studio.board.cards[3].name != first and len(studio.takes(4)) == 1
+
+
+def test_shots_that_have_a_take_are_not_made_again(studio):
+    studio.make(all=True)
+    with pytest.raises(ValueError, match="shot 3 has a take"):
+        studio.make(3)
+    studio.sees(3, "none")
+    studio.keep(2)
+    studio.reroll(2)
+    assert states(studio) == ["made", "made", "stale"] and not studio.board.cards[1].kept
+    studio.refresh()
+    assert studio.inputs(studio.board.cards[2].take)["saw"] == []
+
+
+def test_shots_do_not_see_themselves_through_others(studio):
+    with pytest.raises(ValueError, match="sees itself through others"):
+        studio.sees(2, "3")
+    studio.sees(3, "1")
+    studio.sees(2, "3")
+    assert studio.board.in_order() == [0, 2, 1]
+    studio.make(1)
+    studio.make(3)
+    studio.make(2)
+    studio.reroll(1)
+    studio.refresh()
+    assert states(studio) == ["made"] * 3
+
+
 def test_going_back_to_an_earlier_take(studio):
     (first,) = studio.make()
     studio.reroll(1)
@@ -239,12 +274,31 @@ def test_a_take_written_but_not_on_the_board_is_found(studio, monkeypatch):
 
 
 def test_two_who_act_at_once_are_told(studio):
+    """Also where the other's board has the same turn: after an undo, or begun at the same time."""
     decided = studio.board
-    Studio(studio.folder).fork("other")
-    before = hashes(studio.folder)
-    with pytest.raises(ValueError, match="somebody else acted"):
-        studio._write_board(replace(decided, branch="mine"))
-    assert hashes(studio.folder) == before and studio.board.branch == "other"
+    other = Studio(studio.folder)
+    for action in (lambda: other.fork("other"), lambda: (other.undo(), other.fork("another"))):
+        action()
+        before, branch = hashes(studio.folder), studio.board.branch
+        with pytest.raises(ValueError, match="somebody else acted"):
+            studio._write_board(replace(decided, branch="mine"))
+        assert hashes(studio.folder) == before and studio.board.branch == branch
+
+
+def test_one_undo_does_not_take_back_what_another_did(studio, monkeypatch):
+    generate, other = Studio._generate, Studio(studio.folder)
+
+    def between(self, board, index, inputs, name):
+        generate(self, board, index, inputs, name)
+        if index == 0:
+            monkeypatch.setattr(Studio, "_generate", generate)
+
+    monkeypatch.setattr(Studio, "_generate", between)
+    studio.make()
+    other.prompt(3, "close-up of Character 1")
+    studio.make(2)
+    studio.undo()
+    assert studio.board.cards[2].prompt == "close-up of Character 1" and states(studio) == ["made", "empty", "empty"]
 
 
 def test_a_damaged_board_is_named(studio):
@@ -319,8 +373,11 @@ def test_media_of_ones_own(studio, tmp_path):
     assert states(studio) == ["given", "given", "empty"]
     assert shown(studio, 1).shape == (1, 8, 8, 3) and shown(studio, 2).shape == (2, 8, 8, 3)
     studio.make()
+    before = shown(studio, 1)
     studio.prompt(1, "close-up of Character 1")
-    assert states(studio) == ["given", "given", "made"]
+    assert states(studio) == ["given", "given", "stale"] and np.array_equal(shown(studio, 1), before)
+    studio.extend("wide shot of Character 2")
+    assert studio.board.cards[3].size == SIZE
     for file, message in ((tmp_path / "no.png", "expected a picture"), (tmp_path / "scene", "expected a picture")):
         with pytest.raises(ValueError, match=message):
             studio.give(3, file)

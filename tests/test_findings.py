@@ -193,9 +193,7 @@ def test_training_of_the_findings_is_a_chain(tmp_path):
 
 def test_a_page_and_a_summary(tmp_path):
     value = Mean95(0.5, float("nan"))
-    finding = Finding(
-        "A, b", "§ 1", "c", "o.", False, [Row("x", "y", value)], ("x", "y"), [Series("s", [1], [value])]
-    )
+    finding = Finding("A, b", "§ 1", "c", "o.", False, [Row("x", "y", value)], ("x", "y"), [Series("s", [1], [value])])
     record = {"findings": [finding.to_dict()], "scenes": 3, "table 1": {"ours": {"text": 0.5}}, "table 2": {}}
     written = page.page(record)
     assert "](#a-b)" in written and "## A, b" in written and "| ours |" in written and "**differs**" in written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
@@ -122,6 +122,23 @@ def columns(m: Measured) -> dict[str, float]:
     found = {"quality": 1 - mean(m, "misfit").mean, "text": mean(m, "text").mean}
     consistency = 1 - mean(m, "identity").mean
     return found | ({"consistency": consistency} if np.isfinite(consistency) else {})
+
+
+def tried(what: str, settings: Mapping[str, Callable[[], Mean95]]) -> str:
+    """What else was tried where a finding does not hold, measured on the same scenes."""
+    return (
+        f"Tried as well, {what}: "
+        + "; ".join(f"{said(measured())} {name}" for name, measured in settings.items())
+        + "."
+    )
+
+
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "without guidance": {"guidance": 1.0},
+    "with guidance 3": {"guidance": 3.0},
+    "in 8 steps": {"steps": 8},
+}
+"""Settings that are tried where a finding does not hold at the usual ones."""
 
 
 def above(value: Mean95, least: float = 0.0) -> bool:

@@ -93,7 +93,7 @@ def without_a_cut(causal: Weights, world: World) -> Finding:
         "A single shot is extended to a minute, segment by segment, with its look kept.",
         f"After {MINUTE} segments of {FPS:g} frames, a minute at {FPS:g} frames a second, identity error is "
         f"{said(mean(m, 'identity', end))}, at the start {said(mean(m, 'identity', start))} (drift {said(drift)}), "
-        f"text accuracy {said(mean(m, 'text', end))}; a seam changes {said(jump, 2)} times as much as neighbouring frames.",
+        f"text accuracy {said(mean(m, 'text', end))}; a seam changes {said(jump, 2)} times as much as other frames.",
         below(mean(m, "identity", end), LIMIT) and below(drift, 0.1) and below(jump, 1.5),
         [
             *rows_of({"first five segments": m}, NAMES, start),

@@ -30,6 +30,7 @@ class Measured:
 
     text                   share of what the prompts say that is right
     colour, background     hidden in the prompts: of the character and of the place, distance in RGB
+    texture                hidden and fine: share of wrong textures of the character, half by chance
     weave                  hidden and fine: difference of its strength in the background, 0.05 where all is plain
     identity               the mean of colour and background
     misfit                 rms difference from the cleanest drawing of what is shown
@@ -73,13 +74,15 @@ def _scene(shots: Sequence[np.ndarray], sample: SceneSample, given: frozenset[in
         reading, want = read_shot(shot), truth.shots[i]
         s = score_reading(reading, truth, i)
         s["text"] = float(np.nanmean([s[name] for name in TEXT]))
-        s["colour"], s["background"], s["weave"], s["gap"] = np.nan, np.nan, np.nan, 0.0
+        texture = s["texture"]
+        s |= dict.fromkeys(("colour", "texture", "background", "weave"), np.nan) | {"gap": 0.0}
         if want.who is not None:
             s["gap"] = float(i - last.get(want.who, i))
             if want.who in known:
                 first = known[want.who]
                 rgb = truth.characters[want.who].rgb if first is None else first.character_rgb
                 s["colour"] = character_distance(reading.character_rgb, rgb)
+                s["texture"] = 1 - texture if first is None else float(reading.texture != first.texture)
             elif i in given or reading.visible:
                 known[want.who] = None if i in given else reading
             last[want.who] = i

@@ -75,20 +75,22 @@ def shot_by_shot(weights: Weights, scenes, chosen=None, absolute=False, **option
     )
 
 
-def keyframes_then_animation(weights: Weights, scenes: Sequence[SceneRequest], entering: Sequence[int] = ()) -> Frames:
+def keyframes_then_animation(
+    weights: Weights, scenes: Sequence[SceneRequest], entering: Sequence[int] = (), **options
+) -> Frames:
     """A keyframe of every shot, all made together (T = 1), then each shot made alone from its own keyframe.
 
     As the storyboard of a keyframe method would, the keyframe of a shot whose character comes in later shows the place
     without it.
     """
     boards = [replace(s, shots=tuple(still(x, i in entering) for i, x in enumerate(s.shots))) for s in scenes]
-    latents = joint(weights.model, boards, weights.sampling())
+    latents = joint(weights.model, boards, weights.sampling(**options))
     alone = [
         SceneRequest(scene.global_prompt, (replace(board.shots[i], given=frames[i]), scene.shots[i]))
         for scene, board, frames in zip(scenes, boards, latents, strict=True)
         for i in range(len(scene.shots))
     ]
-    made = iter(joint(weights.model, alone, weights.sampling()))
+    made = iter(joint(weights.model, alone, weights.sampling(**options)))
     animated = [[next(made)[1] for _ in scene.shots] for scene in scenes]
     return to_scenes(weights, animated, scenes)
 
@@ -107,6 +109,7 @@ def on_identity_images(
     scenes: Sequence[SceneRequest],
     portraits: Sequence[dict[int, ShotRequest]],
     who: Sequence[int | None],
+    **options,
 ) -> Frames:
     """Every shot alone on a picture of its character and nothing else.
 
@@ -118,14 +121,14 @@ def on_identity_images(
         for i, character in enumerate(who)
         if character is not None
     ]
-    made = iter(joint(weights.model, alone, weights.sampling()))
+    made = iter(joint(weights.model, alone, weights.sampling(**options)))
     nobody = [
         SceneRequest(scene.global_prompt, (scene.shots[i],))
         for scene in scenes
         for i, character in enumerate(who)
         if character is None
     ]
-    empty = iter(joint(weights.model, nobody, weights.sampling())) if nobody else iter(())
+    empty = iter(joint(weights.model, nobody, weights.sampling(**options))) if nobody else iter(())
     latents = [[next(empty)[0] if c is None else next(made)[1] for c in who] for _ in scenes]
     return to_scenes(weights, latents, scenes)
 

@@ -136,7 +136,7 @@ def read_shot(frames: np.ndarray) -> ShotReading:
     if colour_error(colour, rgb) < VISIBLE:
         return nobody
     centres = centroids - _centre(shape, framing, unit(height, width)) + (top, 0)
-    corner = corner_of(*centres[0], height, width)
+    corner = corner_of(float(centres[0, 0]), float(centres[0, 1]), height, width)
     motion = _motion(centroids)
     return ShotReading(
         len(frames),

@@ -15,7 +15,7 @@ from typing import Any
 
 from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry
 from lct.data.scenes import shot_prompt
-from lct.sample.select import choose
+from lct.sample.select import CONTEXT, choose
 
 Inputs = dict[str, Any]
 
@@ -40,6 +40,7 @@ class Card:
     sees   which shots it sees, as in a scene file, but explicit ones by name; None: what fits, see `choose`
     take   the take that stands for it, None while there is none
     kept   approved: nothing but `reroll` and `keep` change its take
+    given  its take is media of one's own, which saw nothing
     """
 
     name: str
@@ -50,24 +51,29 @@ class Card:
     sees: str | tuple[str, ...] | None = None
     take: str | None = None
     kept: bool = False
+    given: bool = False
 
 
 @dataclass(frozen=True)
 class Board:
-    """The shots in order, what they share, and the branch of the story that this is."""
+    """The shots in order, what they share, and the branch of the story that this is.
+
+    context  shots that one sees by default, itself included: as many as the weights had in training
+    """
 
     global_prompt: GlobalPrompt | None
     cards: tuple[Card, ...]
     settings: Settings
     fps: float
     codec: str
+    context: int = CONTEXT
     branch: str = "main"
     action: str = "begin"
     turn: int = 0  # of actions so far; one that makes several takes leaves as many boards with the same turn
-    names: int = 0  # of cards ever made, so that no name is used twice
+    key: str = ""  # of this board alone, so that who acts on it can tell whether it still stands
 
     @classmethod
-    def of(cls, scene: SceneFile, settings: Settings, fps: float) -> Board:
+    def of(cls, scene: SceneFile, settings: Settings, fps: float, context: int = CONTEXT) -> Board:
         """The board of a scene file, no take made."""
         names = [f"shot-{i + 1}" for i in range(len(scene.shots))]
         cards = tuple(
@@ -81,7 +87,7 @@ class Board:
             )
             for i, (name, entry) in enumerate(zip(names, scene.shots, strict=True))
         )
-        return cls(scene.global_prompt, cards, settings, fps, scene.codec or "pixel/1", names=len(cards))
+        return cls(scene.global_prompt, cards, settings, fps, scene.codec or "pixel/1", context)
 
     def number(self, shot: int) -> int:
         """Index of the shot that people call `shot`, counting from 1; ValueError where there is none."""
@@ -98,19 +104,45 @@ class Board:
         card = replace(self.cards[index], **changes)
         return replace(self, cards=(*self.cards[:index], card, *self.cards[index + 1 :]), action=action)
 
-    def add(self, card: Card, action: str) -> Board:
-        """The board with one more card at the end, named anew."""
-        named = replace(card, name=f"shot-{self.names + 1}")
-        return replace(self, cards=(*self.cards, named), names=self.names + 1, action=action)
-
     def seen(self, index: int) -> list[int]:
         """Indices of the shots that a shot sees, in the order in which they stand before it; removed ones left out."""
         card = self.cards[index]
+        if card.given:
+            return []
         if isinstance(card.sees, tuple):
             found = [self.index(name) for name in card.sees]
             return [i for i in found if i is not None]
         prompts = [c.prompt for c in self.cards[: index + 1]]
-        return choose(card.sees, prompts, index)
+        return choose(card.sees, prompts, index, self.context)
+
+    def circle(self) -> int | None:
+        """A shot that sees itself through others, or None: such shots would make each other stale for ever."""
+        finished: set[int] = set()
+
+        def reaches_itself(index: int, path: frozenset[int]) -> bool:
+            if index in path:
+                return True
+            if index in finished:
+                return False
+            found = any(reaches_itself(other, path | {index}) for other in self.seen(index))
+            finished.add(index)
+            return found
+
+        return next((i for i in range(len(self.cards)) if reaches_itself(i, frozenset())), None)
+
+    def in_order(self) -> list[int]:
+        """The shots, each behind those that it sees."""
+        order: dict[int, None] = {}
+
+        def visit(index: int) -> None:
+            if index not in order:
+                for other in self.seen(index):
+                    visit(other)
+                order[index] = None
+
+        for index in range(len(self.cards)):
+            visit(index)
+        return list(order)
 
     def wanted(self, index: int) -> Inputs:
         """The inputs of the take that a shot asks for now. ValueError where a shot that it sees has no take yet, and
@@ -137,10 +169,7 @@ class Board:
         }
 
     def is_stale(self, index: int, made_from: Inputs) -> bool:
-        """Whether the take of a shot, made from these inputs, is no longer what the shot asks for. Media that were
-        given never are."""
-        if "media" in made_from:
-            return False
+        """Whether the take of a shot, made from these inputs, is no longer what the shot asks for."""
         try:
             return self.wanted(index) != made_from
         except ValueError:

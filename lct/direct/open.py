@@ -7,7 +7,7 @@ from typing import Any
 
 from lct.direct.board import Settings
 from lct.direct.studio import BOARDS, Studio
-from lct.train.checkpoint import digest_of
+from lct.train.checkpoint import digest_of, load_weights
 
 
 def open_studio(
@@ -35,4 +35,5 @@ def open_studio(
         return Studio.open(project, changes, device=device, impl=impl, report=print)
     if weights is None:
         raise ValueError(f"weights: expected those to begin {project} with; add --weights FILE")
-    return Studio.begin(scene, project, Settings(**changes), fps, device=device, impl=impl, report=print)
+    context = load_weights(weights)[1].data.shots
+    return Studio.begin(scene, project, Settings(**changes), fps, context, device=device, impl=impl, report=print)

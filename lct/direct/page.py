@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lct.direct.studio import FILM, SHEET, TAKES, Studio
+from lct.direct.studio import FILM, MISTAKES, SHEET, TAKES, Studio
 
 CSS = """
 .shot { border: 1px solid var(--border-color-primary); border-radius: .6rem; padding: .75rem; max-width: 20rem;
@@ -27,7 +27,6 @@ CSS = """
 @media (max-width: 40rem) { .shot { max-width: none; } }
 """
 COLUMNS = 4
-MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def build(studio: Studio) -> Any:
@@ -78,6 +77,10 @@ def build(studio: Studio) -> Any:
 
 def _shot(gr, studio: Studio, board, index: int, state: str, turn, acting) -> None:
     card, number = board.cards[index], index + 1
+
+    def here() -> int:
+        return _number(studio, card.name)
+
     seen = ", ".join(str(i + 1) for i in board.seen(index)) or "nothing"
     label = f"{state}{', kept' if card.kept else ''}"
     gr.HTML(
@@ -91,31 +94,35 @@ def _shot(gr, studio: Studio, board, index: int, state: str, turn, acting) -> No
             gr.Image(str(folder / SHEET), show_label=False)
     with gr.Row():
         if card.take is None:
-            gr.Button("Make", size="sm", min_width=60).click(acting(lambda: studio.make(number)), [turn], [turn])
+            gr.Button("Make", size="sm", min_width=60).click(acting(lambda: studio.make(here())), [turn], [turn])
         else:
             keep = gr.Button("Keep", size="sm", min_width=60, interactive=not card.kept, elem_id=f"keep-{number}")
-            keep.click(acting(lambda: studio.keep(number)), [turn], [turn])
+            keep.click(acting(lambda: studio.keep(here())), [turn], [turn])
             if state != "given":
                 reroll = gr.Button("Re-roll", size="sm", min_width=60, elem_id=f"reroll-{number}")
-                reroll.click(acting(lambda: studio.reroll(number)), [turn], [turn])
+                reroll.click(acting(lambda: studio.reroll(here())), [turn], [turn])
     takes = studio.takes(number)
     if len(takes) > 1:
         labels = [(f"seed {studio.inputs(take).get('seed', '–')}", take) for take in takes]
         choice = gr.Dropdown(labels, value=card.take, label="Takes", interactive=True)
-        choice.input(acting(lambda take: studio.keep(number, take)), [turn, choice], [turn])
+        choice.input(acting(lambda take: studio.keep(here(), take)), [turn, choice], [turn])
     with gr.Accordion("Change", open=False):
         text = gr.Textbox(card.prompt, label="Prompt", interactive=True)
-        rule = card.sees if isinstance(card.sees, str) else seen if card.sees else ""
-        sees = gr.Textbox(rule, label="Sees", placeholder="all, recent:2, relevant:3 or numbers", interactive=True)
-        change = gr.Button("Change", size="sm")
-        change.click(acting(lambda prompt, choice: _change(studio, number, prompt, choice)), [turn, text, sees], [turn])
+        change = gr.Button("Change prompt", size="sm")
+        change.click(acting(lambda prompt: studio.prompt(here(), prompt)), [turn, text], [turn])
+        rule = card.sees if isinstance(card.sees, str) else "none" if card.sees == () else seen if card.sees else ""
+        hint = "what fits, or all, recent:2, relevant:3, none, or numbers"
+        sees = gr.Textbox(rule, label="Sees", placeholder=hint, interactive=True)
+        choose = gr.Button("Change what it sees", size="sm")
+        choose.click(acting(lambda words: studio.sees(here(), *words.split())), [turn, sees], [turn])
 
 
-def _change(studio: Studio, shot: int, prompt: str, choice: str) -> None:
-    card = studio.board.cards[studio.board.number(shot)]
-    if prompt != card.prompt:
-        studio.prompt(shot, prompt)
-    studio.sees(shot, *choice.replace(",", " ").split())
+def _number(studio: Studio, name: str) -> int:
+    """Where the shot of a button stands by now; ValueError where somebody removed it."""
+    index = studio.board.index(name)
+    if index is None:
+        raise ValueError(f"{name} is no longer on the board; look again")
+    return index + 1
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,13 @@ from safetensors.numpy import load_file, save_file
 from lct.data.atomic import check_vacant, new_file, new_folder
 from lct.data.ingest import fit
 from lct.data.latents import PixelCodec, patchify, size_in_patches, unpatchify
-from lct.data.scenefile import parse_scene, read_scene, scene_text, write_scene
+from lct.data.scenefile import load_shot, parse_scene, read_scene, scene_text, write_scene
 from lct.data.scenes import shot_prompt
 from lct.data.video import CONTAINERS, read_video, video_package, write_video
 from lct.direct.board import Board, Card, Inputs, Settings, take_name
 from lct.draw import contact_sheet
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
-from lct.sample.select import choose
+from lct.sample.select import CONTEXT, choose
 from lct.train.checkpoint import digest_of, load_model
 
 BOARDS, TAKES = "boards", "takes"
@@ -35,6 +36,7 @@ TAKE, LATENTS, FILM, SHEET = "take.json", "latents.safetensors", "shot.mp4", "sh
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST_PICTURE = 64 << 20  # pixels
 
+MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)  # what a person can mend
 Report = Callable[[str], None]
 
 
@@ -52,17 +54,18 @@ class Studio:
                 f"{self.folder}: expected a director's project; begin one with lct direct SCENE --weights …"
             )
         self._loaded: tuple[str, Any, Any] | None = None
+        self._last = ""  # key of the board that this studio wrote last
 
     @classmethod
-    def begin(cls, scene: Path, folder: Path, settings: Settings, fps: float | None = None, **options) -> Studio:
+    def begin(
+        cls, scene: Path, folder: Path, settings: Settings, fps: float | None = None, context: int = CONTEXT, **options
+    ):
         """Make a project of a scene file; shots with media become given takes. Raises what `read_scene` raises, and
         ValueError where `folder` exists and is not empty."""
         check_vacant(folder)
         video_package("av")
         file = read_scene(scene)
-        board = Board.of(file, settings, fps or file.fps or 6.0)
-        for card in range(len(board.cards)):
-            board.seen(card)  # a rule that does not hold is said now
+        board = Board.of(file, settings, fps or file.fps or 6.0, context)
         source = scene if scene.is_dir() else scene.parent
         with new_folder(folder) as temporary:
             (temporary / BOARDS).mkdir()
@@ -70,8 +73,9 @@ class Studio:
             studio = cls(temporary, **options)
             for i, entry in enumerate(file.shots):
                 if entry.media is not None:
-                    latents = load_file(source / "latents.safetensors")[f"{entry.media}.video"]
-                    board = studio._given(board, i, latents, f"shot {i + 1} of {scene.name}")
+                    video = load_shot(source, file, i).latents
+                    board = studio._given(board, i, video, f"shot {i + 1} of {scene.name}")
+            _check_circle(board)
             studio._write_board(replace(board, action=f"begin with {scene.name}"))
         return cls(folder, **options)
 
@@ -119,13 +123,10 @@ class Studio:
     def state(self, index: int, board: Board | None = None) -> str:
         """ "empty", "given", "made" or "stale"."""
         board = board or self.board
-        take = board.cards[index].take
-        if take is None:
-            return "empty"
-        made_from = self.inputs(take)
-        if "media" in made_from:
-            return "given"
-        return "stale" if board.is_stale(index, made_from) else "made"
+        card = board.cards[index]
+        if card.take is None or card.given:
+            return "given" if card.given else "empty"
+        return "stale" if board.is_stale(index, self.inputs(card.take)) else "made"
 
     # -- making --------------------------------------------------------------------------------------------------
 
@@ -137,6 +138,11 @@ class Studio:
         if not todo:
             raise ValueError("make: every shot has a take; `reroll` one, `refresh` stale ones, or `extend` the scene")
         numbers = [board.number(shot) for shot in todo]
+        made = [i + 1 for i in numbers if board.cards[i].take is not None]
+        if made:
+            raise ValueError(
+                f"make: shot {made[0]} has a take; `reroll {made[0]}` makes another, `refresh` a stale one"
+            )
         action = f"make {' '.join(map(str, todo))}"
         return [self._take(index, action, again=i > 0) for i, index in enumerate(numbers)]
 
@@ -152,7 +158,7 @@ class Studio:
         """Make stale takes anew, with their seeds over the history as it is now: those named, or all but kept ones."""
         done = []
         named = [self.board.number(shot) for shot in shots]
-        for index in range(len(self.board.cards)):  # in order: a take that changes makes later ones stale
+        for index in self.board.in_order():  # a take that changes makes those stale that see it
             wanted = index in named if shots else not self.board.cards[index].kept
             if wanted and self.state(index) == "stale":
                 done.append(self._take(index, "refresh", again=bool(done)))
@@ -167,11 +173,10 @@ class Studio:
         sees: str | None = None,
     ) -> list[str]:
         """One more shot at the end, and its take: after a cut, or going on without one (§ 4.3). Its size is that of the
-        shot before, its seed its number."""
+        last shot that was not given, its seed its number."""
         board = self.board
-        last = board.cards[-1]
-        card = Card("", prompt, cut, size or last.size, len(board.cards) if seed is None else seed)
-        board = board.add(card, f"extend {prompt}")
+        card = Card("", prompt, cut, size or self._usual_size(board), len(board.cards) if seed is None else seed)
+        board = self._with_one_more(board, card, f"extend {prompt}")
         if sees is not None:
             board = self._seeing(board, len(board.cards) - 1, sees.split())
         self._check(board)
@@ -190,8 +195,9 @@ class Studio:
         if take is None or take not in self.takes(shot):
             raise ValueError(f"take: expected one of {self.takes(shot)}, got {take!r}; `make {shot}` makes one")
         made_from = self.inputs(take)
-        changes = {} if "media" in made_from else self._card_of(made_from)
-        self._write_board(board.with_card(index, f"keep {shot}", take=take, kept=True, **changes))
+        given = "media" in made_from
+        changes = {} if given else self._card_of(made_from)
+        self._write_board(board.with_card(index, f"keep {shot}", take=take, kept=True, given=given, **changes))
 
     def _card_of(self, made_from: Inputs) -> dict[str, Any]:
         cut = made_from["prompt"].startswith(shot_prompt("", True))
@@ -199,16 +205,17 @@ class Studio:
         return {"prompt": prompt, "cut": cut, "size": tuple(made_from["size"]), "seed": made_from["seed"]}
 
     def sees(self, shot: int, *choice: str) -> None:
-        """Choose which shots a shot sees, and in which order: `all`, `recent:2`, `relevant:3`, or numbers; nothing for
-        what fits."""
+        """Choose which shots a shot sees, and in which order: `all`, `recent:2`, `relevant:3`, `none`, or numbers;
+        without a choice, what fits."""
         board = self.board
-        index = board.number(shot)
-        self._write_board(replace(self._seeing(board, index, choice), action=f"sees {shot} {' '.join(choice)}"))
+        changed = self._seeing(board, board.number(shot), choice)
+        self._check(changed)
+        self._write_board(replace(changed, action=f"sees {shot} {' '.join(choice)}"))
 
     def _seeing(self, board: Board, index: int, choice: Sequence[str]) -> Board:
         choice = [word for part in choice for word in part.replace(",", " ").split()]
-        if not choice:
-            return board.with_card(index, board.action, sees=None)
+        if choice in ([], ["none"]):
+            return board.with_card(index, board.action, sees=() if choice else None)
         if not all(word.isdecimal() for word in choice):
             choose(" ".join(choice), [c.prompt for c in board.cards[: index + 1]], index)
             return board.with_card(index, board.action, sees=choice[0])
@@ -218,12 +225,16 @@ class Studio:
         return board.with_card(index, board.action, sees=tuple(board.cards[i].name for i in numbers))
 
     def prompt(self, shot: int, text: str, cut: bool | None = None) -> None:
-        """Another prompt for a shot, and perhaps another transition to it; its take becomes stale."""
+        """Another prompt for a shot, and perhaps another transition to it. Its take becomes stale; given media get the
+        new prompt, and the shots that see them become stale."""
         board = self.board
         index = board.number(shot)
         card = board.cards[index]
         changed = board.with_card(index, f"prompt {shot}", prompt=text, cut=card.cut if cut is None else cut)
         self._check(changed)
+        if card.given:
+            take = str(card.take)
+            changed = self._given(changed, index, self._latents(take), self.inputs(take)["source"])
         self._write_board(changed)
 
     def give(self, shot: int, file: Path) -> None:
@@ -236,7 +247,8 @@ class Studio:
     def add(self, prompt: str, file: Path | None = None, cut: bool = True) -> None:
         """One more shot at the end without making it, or with media of one's own."""
         board = self.board
-        board = board.add(Card("", prompt, cut, board.cards[-1].size, len(board.cards)), f"add {prompt}")
+        card = Card("", prompt, cut, self._usual_size(board), len(board.cards))
+        board = self._with_one_more(board, card, f"add {prompt}")
         self._check(board)
         if file is not None:
             size = board.cards[-1].size
@@ -264,7 +276,7 @@ class Studio:
         branches = self.branches()
         if name not in branches:
             raise ValueError(f"switch: expected one of {sorted(branches)}, got {name!r}; `fork {name}` makes one")
-        self._write_board(replace(branches[name], turn=self.board.turn, action=f"switch {name}"))
+        self._write_board(replace(branches[name], key=self.board.key, action=f"switch {name}"))
 
     def branches(self) -> dict[str, Board]:
         """Every branch, as it was left."""
@@ -299,6 +311,8 @@ class Studio:
             write_scene(temporary / "scene", replace(board, cards=sized).to_scene(media), arrays)
             if len({x.shape[1:] for x in frames}) == 1:
                 write_video(temporary / "film.mp4", np.concatenate(frames), board.fps)
+            else:
+                self.report("the shots differ in size: there is a film of each, and none of all")
             for i, shown in enumerate(frames):
                 write_video(temporary / f"shot-{i + 1}.mp4", shown, board.fps)
             captions = [shot_prompt(c.prompt, c.cut) for c in board.cards]
@@ -310,20 +324,38 @@ class Studio:
     def _check(self, board: Board) -> None:
         """What a scene file refuses, such as `[SHOT CUT]` typed by hand, is refused here."""
         parse_scene(scene_text(board.to_scene([None] * len(board.cards))), str(self.folder))
+        _check_circle(board)
+
+    def _usual_size(self, board: Board) -> tuple[int, int, int] | None:
+        """The size of the last shot that was not given."""
+        made = [card.size for card in board.cards if not card.given]
+        return (made or [board.cards[-1].size])[-1]
+
+    def _with_one_more(self, board: Board, card: Card, action: str) -> Board:
+        """The board with a card at the end, under a name that no card and no take ever had."""
+        used = [*(c.name for c in board.cards), *(p.name for p in (self.folder / TAKES).iterdir())]
+        number = 1 + max(int(name.split("-")[1]) for name in used)
+        return replace(board, cards=(*board.cards, replace(card, name=f"shot-{number}")), action=action)
 
     def _write_board(self, board: Board, again: bool = False) -> None:
-        """Make this the board; `again` as part of the action before, so that one `undo` takes both back."""
+        """Make this the board; `again` as part of this studio's action before, so that one `undo` takes both back.
+
+        ValueError where the board that it was made from no longer stands: somebody else acted, and would be undone.
+        """
         folder = self.folder / BOARDS
         boards = sorted(folder.glob("[0-9]*.json"))
-        if boards and board.turn != self.board.turn:
+        now = self.board if boards else board
+        if board.key != now.key:
             raise ValueError(f"{self.folder}: somebody else acted on this project just now; look and try again")
-        board = replace(board, turn=board.turn + (not again) if boards else 0)
+        turn = now.turn + (not (again and now.key == self._last)) if boards else 0
+        board = replace(board, turn=turn, key=uuid.uuid4().hex)
         path = folder / f"{int(boards[-1].stem) + 1 if boards else 1:06d}.json"
         try:
             with new_file(path, replaces=False) as temporary:
                 temporary.write_text(board.to_json(), encoding="utf-8")
         except FileExistsError:
             raise ValueError(f"{path}: somebody else acted on this project just now; look and try again") from None
+        self._last = board.key
 
     def _take(self, index: int, action: str, again: bool = False, **changes: Any) -> str:
         """Find or make the take that a shot asks for, put it on the board, and return its name; see `_write_board`."""
@@ -332,7 +364,8 @@ class Studio:
         name = take_name(inputs)
         if not (self.take_folder(name) / TAKE).is_file():
             self._generate(board, index, inputs, name)
-        self._write_board(board.with_card(index, action, take=name), again)
+        kept = board.cards[index].kept and board.cards[index].take == name
+        self._write_board(board.with_card(index, action, take=name, kept=kept, given=False), again)
         self.report(f"shot {index + 1}: {self.take_folder(name)}")
         return name
 
@@ -357,9 +390,10 @@ class Studio:
             request = SceneRequest(inputs["global"], (*history, new))
             rows = autoregressive(model, [request], sampling, impl=self.impl)[0][-1]
         else:  # a shot may see what comes after it: given shots 1 and 3, make 2
-            at = sum(i < index for i in seen)
-            request = SceneRequest(inputs["global"], (*history[:at], new, *history[at:]))
-            rows = joint(model, [request], sampling, impl=self.impl)[0][at]
+            before = tuple(shot for i, shot in zip(seen, history, strict=True) if i < index)
+            after = tuple(shot for i, shot in zip(seen, history, strict=True) if i > index)
+            request = SceneRequest(inputs["global"], (*before, new, *after))
+            rows = joint(model, [request], sampling, impl=self.impl)[0][len(before)]
         latents = unpatchify(rows.float().cpu(), new.video, patch).numpy()
         self._write_take(name, inputs, latents, inputs["prompt"], board)
 
@@ -368,7 +402,7 @@ class Studio:
         take = str(board.cards[index].take)
         made_from, latents = self.inputs(take), self._latents(take)
         rows = patchify(torch.from_numpy(latents), patch)
-        seed, when = (0, 0.0) if "media" in made_from else (made_from["seed"], time)
+        seed, when = (0, 0.0) if board.cards[index].given else (made_from["seed"], time)
         return ShotRequest(made_from["prompt"], size_in_patches(latents.shape, patch), seed, rows, when)
 
     def _model(self, settings: Settings):
@@ -390,7 +424,7 @@ class Studio:
         if not (self.take_folder(name) / TAKE).is_file():
             self._write_take(name, inputs, latents, prompt, board)
         size = tuple(int(n) for n in latents.shape[:3])
-        return board.with_card(index, board.action, take=name, size=size)
+        return board.with_card(index, board.action, take=name, size=size, given=True, kept=False)
 
     def _write_take(self, name: str, inputs: Inputs, latents: np.ndarray, caption: str, board: Board) -> None:
         frames = PixelCodec.named(board.codec).decode(np.ascontiguousarray(latents)).numpy()
@@ -401,15 +435,16 @@ class Studio:
             (temporary / TAKE).write_text(json.dumps(inputs, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def _encode(self, file: Path, size: tuple[int, int, int] | None, codec: PixelCodec, fps: float) -> np.ndarray:
-        """A picture (T = 1) or a film as latents, cropped to the aspect ratio of `size` where there is one."""
+        """A picture (T = 1) or a film as latents; where there is a size, its middle of that size's aspect ratio."""
         suffix = file.suffix.lower()
         if not file.is_file() or suffix not in (*PICTURES, *CONTAINERS):
             raise ValueError(f"{file}: expected a picture {PICTURES} or a film {tuple(CONTAINERS)}, found none of them")
 
-        def resized(height: int, width: int) -> tuple[int, int]:
-            if size is not None:
-                return size[1] * codec.stride, size[2] * codec.stride
-            return fit(height, width, 480, 4 * codec.stride)
+        def covering(height: int, width: int) -> tuple[int, int]:
+            if size is None:
+                return fit(height, width, 480, 4 * codec.stride)
+            scale = max(size[1] * codec.stride / height, size[2] * codec.stride / width)
+            return max(round(height * scale), 1), max(round(width * scale), 1)
 
         if suffix in PICTURES:
             with Image.open(file) as picture:
@@ -417,11 +452,21 @@ class Studio:
                     raise ValueError(
                         f"{file}: expected at most {LARGEST_PICTURE} pixels, got {picture.size}; shrink it"
                     )
-                height, width = resized(picture.height, picture.width)
+                height, width = covering(picture.height, picture.width)
                 frames = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))[None]
         else:
-            film = read_video(file, resize=resized)
+            film = read_video(file, resize=covering)
             step = max(1.0, film.fps / fps)
             count = min(size[0] if size else len(film.frames), int(np.ceil(len(film.frames) / step)))
             frames = film.frames[[int(i * step) for i in range(count)]]
+        if size is not None:
+            height, width = size[1] * codec.stride, size[2] * codec.stride
+            top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+            frames = frames[:, top : top + height, left : left + width]
         return codec.encode(np.array(frames)).numpy()
+
+
+def _check_circle(board: Board) -> None:
+    found = board.circle()
+    if found is not None:
+        raise ValueError(f"sees: shot {found + 1} sees itself through others; let one of them see others")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lct.direct.studio import FILM, SHEET, Studio
+from lct.direct.studio import FILM, MISTAKES, SHEET, Studio
 
 STYLES = {"empty": "dim", "given": "cyan", "made": "green", "stale": "yellow"}
 Positional = tyro.conf.Positional
@@ -144,5 +144,5 @@ def converse(studio: Studio) -> None:
                     status(studio)
         except SystemExit:
             continue
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        except MISTAKES as error:
             print(f"lct: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from findings.finding import ELSEWHERE, Finding, Row, Series, World, above, below, by_shot, mean, rows_of, said, tried
-from findings.metrics import measure, paired
+from findings.metrics import Measured, measure, paired
 from findings.ways import Weights, one_by_one, requests, shot_by_shot, to_scenes
 from lct.evaluate import Mean95
 from lct.sample import SceneRequest

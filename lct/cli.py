@@ -87,7 +87,9 @@ def sample(
     mode: Literal["auto-regressive", "joint"] | None = None,
     steps: int = 20,
     guidance: float = 1.5,
-    history_time: float = 0.1,
+    history_guidance: float = 1.0,
+    history_time: tuple[float, ...] = (0.1,),
+    keep: Literal["pass", "step"] = "pass",
     fps: float | None = None,
     dtype: str | None = None,
     device: str = "cpu",
@@ -102,7 +104,10 @@ def sample(
         mode: Shot by shot over the history, or all shots together; by default as the weights were trained.
         steps: Denoising steps.
         guidance: Weight of the prompts; 1 is without guidance.
-        history_time: t_c, the noise level of generated shots as history (§ 4.2).
+        history_guidance: Weight of the other shots; 1 is without guidance.
+        history_time: t_c, the noise level of generated shots as history (§ 4.2). Several are a schedule by age, newest
+            first, which is computed without a cache.
+        keep: Keys and values of a finished shot: of a pass of their own, or of the denoising step nearest t_c.
         fps: Frames a second of the mp4 files; the scene file's by default.
         dtype: Of the streams, such as bfloat16; the weights' own by default.
         device: Such as cuda.
@@ -114,9 +119,10 @@ def sample(
 
     folder = (scene if scene.is_dir() else scene.parent).resolve()
     model, config = load_model(weights, device)
-    sampling = Sampling.of(config, steps=steps, guidance=guidance, history_time=history_time, dtype=dtype)
+    options = {"guidance": guidance, "history_guidance": history_guidance, "history_time": history_time, "keep": keep}
+    sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
     target = out or folder.with_name(f"{folder.name}-sample")
-    print(sample_scene(model, scene, target, sampling, config.visibility, mode, fps, impl))
+    print(sample_scene(model, scene, target, sampling, config.visibility, mode, fps, impl, config.data.shots))
 
 
 @dataclass(frozen=True)

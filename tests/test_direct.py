@@ -506,3 +506,32 @@ def test_project_folders_are_refused_before_any_work(tmp_path, weights):
     with pytest.raises(ValueError, match="has no size"):
         studio.make()
     assert json.loads((tmp_path / "other" / "boards" / "000001.json").read_text())["turn"] == 0
+
+
+def test_a_scene_made_in_one_go_sees_what_its_file_says(tmp_path, weights):
+    """`lct sample` and `lct direct` make the same shots of the same file."""
+    shots = (*SCENE.shots[:2], replace(SCENE.shots[2], sees=(2, 1)))
+    write_scene(tmp_path / "scene", replace(SCENE, shots=shots))
+    assert main(["sample", str(tmp_path / "scene"), "--weights", str(weights), "--steps", "2"]) == 0
+    studio = Studio.begin(tmp_path / "scene", tmp_path / "project", settings(weights))
+    studio.make(all=True)
+    made = load_file(tmp_path / "scene-sample" / "scene" / "latents.safetensors")
+    for i in range(2):
+        np.testing.assert_allclose(shown(studio, i + 1), made[f"shot-{i}.video"], atol=1e-4)
+    plain = Studio.begin(tmp_path / "scene", tmp_path / "other", settings(weights))
+    plain.sees(3, "all")
+    plain.make(all=True)
+    # the sampler keeps the keys of the context that shots were made in, the director computes them anew
+    assert np.abs(shown(studio, 3) - made["shot-2.video"]).max() < np.abs(shown(plain, 3) - made["shot-2.video"]).max()
+
+
+def test_a_choice_that_cannot_be_kept_is_refused(tmp_path, capsys):
+    write_scene(tmp_path / "scene", replace(SCENE, shots=(*SCENE.shots[:2], replace(SCENE.shots[2], sees="recent:1"))))
+    weights = small_weights(tmp_path, "bidirectional")
+    assert main(["sample", str(tmp_path / "scene"), "--weights", str(weights)]) == 2
+    assert "sees: expected weights tuned with context_causal" in capsys.readouterr().err
+    ahead = (replace(SCENE.shots[0], sees=(2,)), *SCENE.shots[1:])
+    write_scene(tmp_path / "ahead", replace(SCENE, shots=ahead))
+    causal = small_weights(tmp_path, "context_causal")
+    assert main(["sample", str(tmp_path / "ahead"), "--weights", str(causal)]) == 2
+    assert "make it with lct direct" in capsys.readouterr().err

@@ -33,12 +33,14 @@ def sample_scene(
     mode: str | None = None,
     fps: float | None = None,
     impl: str = "auto",
+    context: int = CONTEXT,
 ) -> Path:
     """Generate every shot of a scene file that has no media, into the new folder `out`, whole or not at all.
 
     visibility  what the weights were trained with; context-causal ones generate over a KV cache
     mode        "auto-regressive", "joint", or None for what suits the visibility
     fps         of the films; None for the scene file's own
+    context     shots that one sees by default, itself included: as many as the weights had in training
 
     `out` holds `scene/` (the scene file and all latents), `shot-N.mp4` and a contact sheet. ValueError, before anything
     is generated, where a shot has no size or one that the model's patch does not divide, where given latents are not
@@ -59,11 +61,20 @@ def sample_scene(
     request = SceneRequest(None if file.global_prompt is None else file.global_prompt.text(), shots)
 
     causal = visibility == "context_causal"
-    if (mode or ("auto-regressive" if causal else "joint")) == "joint":
+    mode = mode or ("auto-regressive" if causal else "joint")
+    cached = causal and len(sampling.history_times) == 1
+    chosen = _chosen(folder, file, context)
+    if chosen is not None and (mode == "joint" or not cached):
+        if any(entry.sees is not None for entry in file.shots):
+            raise ValueError(
+                f"{folder}: sees: expected weights tuned with context_causal, one history time and the auto-regressive "
+                "mode where shots are chosen; leave sees out, or use lct direct"
+            )
+        chosen = None
+    if mode == "joint":
         (latents,) = joint(model, [request], sampling, visibility, impl)
     else:
-        chosen = _chosen(folder, file) if causal else None
-        (latents,) = autoregressive(model, [request], sampling, visibility, causal, impl, chosen)
+        (latents,) = autoregressive(model, [request], sampling, visibility, cached, impl, chosen)
     videos = [
         given[i].latents if i in given else unpatchify(rows.float().cpu(), shot.video, model.config.patch).numpy()
         for i, (rows, shot) in enumerate(zip(latents, shots, strict=True))
@@ -85,14 +96,14 @@ def sample_scene(
     return out
 
 
-def _chosen(folder: Path, file: SceneFile) -> list[list[int]] | None:
+def _chosen(folder: Path, file: SceneFile, context: int) -> list[list[int]] | None:
     """The earlier shots that each one sees, where the file says so or not all fit a context as in training."""
-    if all(entry.sees is None for entry in file.shots) and len(file.shots) <= CONTEXT:
+    if all(entry.sees is None for entry in file.shots) and len(file.shots) <= context:
         return None
     prompts = [entry.prompt for entry in file.shots]
     chosen = []
     for i, entry in enumerate(file.shots):
-        chosen.append(choose(entry.sees, prompts, i))
+        chosen.append(choose(entry.sees, prompts, i, context))
         if max(chosen[-1], default=-1) >= i:
             raise ValueError(
                 f"{folder}: shot {i + 1}: sees: expected earlier shots where a scene is made in one go, got "

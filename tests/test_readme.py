@@ -162,6 +162,7 @@ def test_the_findings_are_those_of_the_committed_record():
     assert page == written.page.page(record), "stale: run python bench/report.py"
     assert not record["quick"] and record["scenes"] >= 64
     for finding in record["findings"]:
+        assert finding["holds"] or finding["tried"], f"{finding['name']} differs: say what else was tried"
         drawn = written.FINDINGS.parent / written.page.FOLDER / f"{written.page.anchor(finding['name'])}.svg"
         assert written.page.digest(finding) in drawn.read_text(encoding="utf-8"), "stale: run python bench/report.py"
 

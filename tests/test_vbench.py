@@ -127,13 +127,13 @@ def test_scores_are_means_over_scenes_in_percent(folder, tmp_path):
         "consistency": 90.0,  # (85 + 95) / 2 and 90
         "text": 10.0,  # 30 and −10
     }
-    assert found["columns"]["aesthetic"].half == pytest.approx(1.96 * 10)
+    assert found["columns"]["aesthetic"].half == pytest.approx(12.7062 * 10)
     assert found["scenes"]["in/the park"]["consistency"].mean == pytest.approx(90)
-    assert found["scenes"]["in/the park"]["consistency"].half == pytest.approx(1.96 * 5)
+    assert found["scenes"]["in/the park"]["consistency"].half == pytest.approx(12.7062 * 5)
     assert found["scenes"]["b"]["quality"].mean == 50 and np.isnan(found["scenes"]["b"]["quality"].half)
     assert found["vbench"]["imaging_quality"] == pytest.approx(60)
     assert found["vbench"]["subject_consistency"] == pytest.approx(91)
-    assert "50.00 ± 19.60" in markdown(TABLE_1, [our_row("ours", found["columns"])])
+    assert "50.00 ± 127.06" in markdown(TABLE_1, [our_row("ours", found["columns"])])
 
 
 def test_a_file_for_each_dimension_in_the_folders_of_the_commands(folder, tmp_path):

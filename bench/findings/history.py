@@ -117,11 +117,11 @@ def accumulation(causal: Weights, world: World, shots: int = 12) -> Finding:
             *(Row("identity, growth at 0 − growth", t, value) for t, value in held.items()),
             Row("identity, shots 3 and 4, at 0.9 − at 0.1", "", lost),
         ],
-        ("shot", "error; fine is the weave, coarse the background's hue"),
+        ("shot", "error"),
         [
-            by_shot(f"{words}, {t}", found[t], name)
-            for name, words in (("identity", "identity"), ("weave", "fine"), ("background", "coarse"))
-            for t in (found if name == "identity" else ("t_c 0", "t_c 0.9"))
+            by_shot(t, m, name, panel)
+            for name, panel in (("identity", "identity"), ("background", "coarse: hue"), ("weave", "fine: weave"))
+            for t, m in found.items()
         ],
         "" if holds else tried("how much more errors grow at 0 than at 0.1", other),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from findings.tables import TABLE_1, TABLE_2, PaperTable, markdown, our_row
@@ -114,7 +115,7 @@ def digest(finding: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any], folder: Path) -> None:
-    """One SVG a finding: lines with their 95 % intervals."""
+    """One SVG a finding: lines, or marks over names, with their 95 % intervals."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -123,23 +124,38 @@ def draw(record: dict[str, Any], folder: Path) -> None:
     pyplot.rcParams.update({"svg.hashsalt": "lct", "svg.fonttype": "none", "font.size": 9})
     folder.mkdir(parents=True, exist_ok=True)
     for finding in record["findings"]:
-        figure, axis = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
-        for series in finding["plot"]:
-            points = [
-                (x, y["mean"], y["half"] or 0)
-                for x, y in zip(series["x"], series["y"], strict=True)
-                if y["mean"] is not None
-            ]
-            if points:
-                x, mean, half = zip(*points, strict=True)
-                axis.errorbar(x, mean, half, fmt="o-", ms=3.5, lw=1.3, capsize=2, label=series["name"])
-        axis.set(xlabel=finding["axes"][0], ylabel=finding["axes"][1])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, axis="y", alpha=0.3)
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-        axis.legend(fontsize=8, frameon=False)
+        panels = list(dict.fromkeys(series["panel"] for series in finding["plot"]))
+        size = (6.4, 3.4) if len(panels) == 1 else (3.1 * len(panels), 2.9)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+        for panel, axis in zip(panels, axes[0], strict=True):
+            inside = [series for series in finding["plot"] if series["panel"] == panel]
+            for i, series in enumerate(inside):
+                _line(axis, series, 0.12 * (i - (len(inside) - 1) / 2))
+            axis.set(xlabel=finding["axes"][0], title=panel or None)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(True, axis="y", alpha=0.3)
+            low, high = axis.get_ylim()
+            if low < high / 2:
+                axis.set_ylim(bottom=min(0, low))
+        axes[0, 0].set_ylabel(finding["axes"][1])
+        axes[0, 0].legend(fontsize=8, frameon=False)
         path = folder / f"{anchor(finding['name'])}.svg"
         figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         pyplot.close(figure)
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace("</svg>", f"<!-- {digest(finding)} --></svg>"), encoding="utf-8")
+
+
+def _line(axis: Any, series: dict[str, Any], aside: float) -> None:
+    """A series with its intervals, where x are names so far aside of them; what has no mean is left out."""
+    x, y = series["x"], series["y"]
+    named = isinstance(x[0], str)
+    if named:
+        axis.set_xticks(range(len(x)), [fill(name, 15) for name in x])
+        x = [i + aside for i in range(len(x))]
+    known = [
+        (at, value["mean"], value["half"] or 0) for at, value in zip(x, y, strict=True) if value["mean"] is not None
+    ]
+    if known:
+        at, mean, half = zip(*known, strict=True)
+        axis.errorbar(at, mean, half, fmt="o" if named else "o-", ms=3.5, lw=1.3, capsize=2, label=series["name"])

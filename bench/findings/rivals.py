@@ -24,7 +24,7 @@ from findings.finding import (
     said,
     tried,
 )
-from findings.metrics import measure, paired
+from findings.metrics import TEXT, measure, paired
 from findings.quality import Table
 from findings.ways import Weights, image, keyframes_then_animation, on_identity_images, one_by_one, requests, together
 from lct.data.readout import character_distance, colour_error, read_shot
@@ -55,7 +55,6 @@ def comparison(lct: Weights, causal: Weights, world: World) -> tuple[list[Findin
     ours = found["ours, auto-regressive"]
     # The last shot's keyframe was drawn from another prompt, so what it says is judged without it.
     judged = slice(0, returns)
-    rows = rows_of(found, ("text", "framing", "identity", "colour", "background", "misfit"), judged)
     alignment = {
         way: paired(ours.per_scene("text", judged), found[way].per_scene("text", judged))
         for way in (keyframes, portrait)
@@ -77,7 +76,10 @@ def comparison(lct: Weights, causal: Weights, world: World) -> tuple[list[Findin
         + ", ".join(said(value) for value in alignment.values())
         + ".",
         all(map(above, alignment.values())),
-        [*rows, *(Row("text, ours − theirs", way, value) for way, value in alignment.items())],
+        [
+            *rows_of(found, ("text", *TEXT), judged),
+            *(Row("text, ours − theirs", way, value) for way, value in alignment.items()),
+        ],
         ("shot", "text accuracy"),
         [by_shot(way, m, "text") for way, m in found.items()],
         ""
@@ -99,7 +101,10 @@ def comparison(lct: Weights, causal: Weights, world: World) -> tuple[list[Findin
         + ", ".join(said(mean(m, "framing", judged)) for m in found.values())
         + ".",
         all(map(above, more.values())),
-        [*rows, *(Row("framings in use", way, Mean95.of(value.tolist())) for way, value in used.items())],
+        [
+            *rows_of(found, ("framing",), judged),
+            *(Row("framings in use", way, Mean95.of(value.tolist())) for way, value in used.items()),
+        ],
         ("shot", "framing as asked"),
         [by_shot(way, m, "framing") for way, m in found.items()],
         ""
@@ -123,7 +128,10 @@ def comparison(lct: Weights, causal: Weights, world: World) -> tuple[list[Findin
         + ", ".join(said(value) for value in consistency.values())
         + ".",
         all(map(above, consistency.values())),
-        [*rows, *(Row("identity, theirs − ours", way, value) for way, value in consistency.items())],
+        [
+            *rows_of(found, ("identity", "colour", "background", "weave"), judged),
+            *(Row("identity, theirs − ours", way, value) for way, value in consistency.items()),
+        ],
         ("shot", "identity error"),
         [by_shot(way, m, "identity") for way, m in found.items()],
     )
@@ -212,8 +220,8 @@ def composition(lct: Weights, causal: Weights, world: World) -> Finding:
         + ".",
         below(colour, 0.3) and below(behind, 0.1) and above(nearer),
         [Row(what, key, value) for key, values in errors.items() for what, value in values.items()],
-        (", ".join(f"{i} {key}" for i, key in enumerate(errors)), "error"),
-        [Series(what, range(len(errors)), [e[what] for e in errors.values()]) for what in judged],
+        ("model and what is behind the portrait", "error"),
+        [Series(what, list(errors), [e[what] for e in errors.values()]) for what in judged],
     )
 
 

@@ -13,7 +13,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
 # xformers' mask classes are a peer in the tests; its own dependencies would replace torch. Tests skip where it is missing.
 .venv/ready-to-test: .venv/ready
-	$(INSTALL) --constraint constraints.txt --editable '.[video,bench,direct,dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[video,bench,direct,pretrained,dev]'
 	-$(INSTALL) --no-deps xformers==0.0.35
 	touch $@
 

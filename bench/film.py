@@ -89,7 +89,7 @@ def main(options: Options) -> dict:
     trainer.model.train()
     with training("film", config.steps) as progress:
         trainer.run(progress)
-    model = trainer.ema.module.eval().requires_grad_(False)
+    model = trainer.averaged()
     after = losses(model, sample, config.text_scale)
     shot = further_shot(longest, model, options.work)
     record = {

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lct.model.config import Memory
 from lct.train.config import TrainConfig
 from lct.train.runs import RUNS, run
 
@@ -64,6 +65,9 @@ class TrainCommand:
             print(self.share)
 
 
+AS_IT_IS = Memory()
+
+
 def train(run: tyro.conf.Positional[str]) -> None:
     """Train a run, or resume it. `lct train` lists the runs, `lct train RUN --help` every option."""
 
@@ -72,7 +76,7 @@ def _train(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: lct train RUN [options]\n")
         for name, function in RUNS.items():
-            print(f"  {name:18s}{(function.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:22s}{(function.__doc__ or '').splitlines()[0]}")
         print("\n`lct train RUN --help` lists every option of a run.")
         return
     name, *rest = arguments
@@ -94,6 +98,8 @@ def sample(
     dtype: str | None = None,
     device: str = "cpu",
     impl: str = "auto",
+    pipeline: Path | None = None,
+    memory: Memory = AS_IT_IS,
 ) -> None:
     """Generate the shots of a scene file that have no media yet; those that have are given.
 
@@ -112,6 +118,8 @@ def sample(
         dtype: Of the streams, such as bfloat16; the weights' own by default.
         device: Such as cuda.
         impl: Attention implementation.
+        pipeline: Folder of a diffusers pipeline, for weights tuned from its transformer: its text encoders and VAE.
+        memory: Where and how finished shots are kept, for long scenes and large models.
     """
     from lct.sample.files import sample_scene
     from lct.sample.request import Sampling
@@ -121,8 +129,19 @@ def sample(
     model, config = load_model(weights, device)
     options = {"guidance": guidance, "history_guidance": history_guidance, "history_time": history_time, "keep": keep}
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
-    target = out or folder.with_name(f"{folder.name}-sample")
-    print(sample_scene(model, scene, target, sampling, config.visibility, mode, fps, impl, config.data.shots))
+    target, codec = out or folder.with_name(f"{folder.name}-sample"), None
+    if pipeline is not None:
+        from lct.model.text import Finished
+        from lct.pretrained.pipeline import Pipeline
+
+        parts = Pipeline(pipeline, device)
+        model.text_encoder, codec = Finished(parts.tokenize), parts.codec
+    print(
+        sample_scene(
+            model, scene, target, sampling, config.visibility, mode, fps, impl, config.data.shots, codec,
+            None if memory == AS_IT_IS else memory,
+        )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,6 +219,59 @@ def ingest(
 
     options = {"side": side, "stride": stride, "patch": patch, "fps": fps, "max_frames": max_frames}
     print(run_ingest(film, out, divide=divide, **options))
+
+
+def encode(
+    scenes: tyro.conf.Positional[Path],
+    pipeline: Path,
+    films: Path,
+    out: Path,
+    side: int = 480,
+    fps: float = 24.0,
+    max_frames: int = 121,
+    batch: int = 8,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Turn ingested scenes into what a large model is tuned on: VAE latents, text features. Goes on where it stopped.
+
+    Args:
+        scenes: Folder of scenes that `lct ingest` cut and whose prompts are written.
+        pipeline: Folder of a diffusers pipeline: HunyuanVideo, HunyuanVideo-1.5 or Wan, from text.
+        films: Folder of the films that the scenes were cut from.
+        out: Folder of encoded scenes.
+        side: Frames get the area side · side in pixels, with the film's aspect ratio.
+        fps: Frames per second that latents show.
+        max_frames: Most frames of a shot.
+        batch: Prompts that go through the text encoders together.
+        device: Such as cuda.
+        dtype: Of VAE and text encoders.
+    """
+    import torch
+
+    from lct.pretrained.encode import encode as run_encode
+    from lct.pretrained.pipeline import Pipeline
+
+    parts = Pipeline(pipeline, device, getattr(torch, dtype), batch)
+    for folder in run_encode(scenes, parts, films, out, side, fps, max_frames):
+        print(folder)
+
+
+def export(weights: tyro.conf.Positional[Path], out: Path, dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
+    """Write tuned weights as the transformer of a diffusers pipeline, low-rank changes merged.
+
+    Args:
+        weights: A checkpoint folder of a run that began from such a transformer.
+        out: New folder, with config.json and safetensors.
+        dtype: Of the weights.
+    """
+    import torch
+
+    from lct.pretrained.files import save
+    from lct.train.checkpoint import load_model
+
+    model, _ = load_model(weights)
+    print(save(model.to(getattr(torch, dtype)), out))
 
 
 def caption(folder: tyro.conf.Positional[Path], command: str) -> None:
@@ -289,18 +361,20 @@ def estimate(
     preset: str = "lct_3b",
     visibility: Literal["context_causal", "bidirectional", "isolated"] = "context_causal",
     tflops: float = 400.0,
+    lora: int = 0,
 ) -> None:
     """Rows, FLOPs, keys and values, and memory of a layout and a model.
 
     Args:
         shots: As in `lct mask`.
-        preset: Model: tiny or lct_3b.
+        preset: Model, such as lct_3b, hunyuan15 or wan_5b.
         visibility: Who sees whom.
         tflops: Rate to turn FLOPs into seconds.
+        lora: Rank of low-rank changes that alone are trained; 0 trains all weights.
     """
     from lct.estimate import print_estimate
 
-    print_estimate(preset, parse_layout(shots, visibility), tflops)
+    print_estimate(preset, parse_layout(shots, visibility), tflops, lora)
 
 
 def doctor(validate: bool = False) -> int:
@@ -355,7 +429,8 @@ def parse_layout(words: tuple[str, ...], visibility: str):
 
 
 COMMANDS = {
-    f.__name__: f for f in (demo, train, sample, direct, ingest, caption, plan, check, mask, estimate, doctor, bench)
+    f.__name__: f
+    for f in (demo, train, sample, direct, ingest, encode, export, caption, plan, check, mask, estimate, doctor, bench)
 }
 
 

@@ -144,8 +144,8 @@ def fixed_losses(
     times  row i gives each shot's t; noise i depends on `seed` and i alone
     """
     device = model.video_out.weight.device
-    geometry = packed.layout.geometry(device, text_scale)
-    text = model.encoder(packed.ids.to(device), packed.places.to(device))
+    geometry = packed.layout.geometry(device, text_scale, model.config.cross)
+    text = model.encoder(packed.tokens.to(device), packed.places.to(device))
     shot, is_shot, latents = geometry.streams.video_shot, packed.is_shot.to(device), packed.latents.to(device)
     total = torch.zeros(len(is_shot), device=device)
     for i, row in enumerate(times):

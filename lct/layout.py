@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,8 @@ class Geometry:
     streams    stream rows to joint rows and shots
     positions  float32 [S, 3], (t, y, x) of each joint row
     slots      int64 [S], the cache row each joint row's key and value are written to; None without a cache
+    cross      for models whose video rows read text by cross-attention (Wan): which rows of packed text each video row
+               sees. Then joint rows are video rows alone, and `streams` has no text
     """
 
     shots: tuple[Shot, ...]
@@ -109,6 +111,7 @@ class Geometry:
     streams: Streams
     positions: torch.Tensor
     slots: torch.Tensor | None = None
+    cross: Plan | None = None
 
 
 @dataclass(frozen=True, init=False)
@@ -259,9 +262,19 @@ class SceneLayout:
         """Index maps between the text and video streams and joint order."""
         return _streams(self.shots, device)
 
-    def geometry(self, device: str | torch.device = "cpu", text_scale: float = 1.0) -> Geometry:
-        """Everything a forward pass over all rows of this layout needs."""
+    def geometry(self, device: str | torch.device = "cpu", text_scale: float = 1.0, cross: bool = False) -> Geometry:
+        """Everything a forward pass over all rows of this layout needs; see `Geometry.cross` for `cross`."""
+        if cross:
+            return _crossed(self.videos.geometry(device), self.shots, device)
         return Geometry(self.shots, self.plan(device), self.streams(device), self.positions(text_scale, device))
+
+    @cached_property
+    def videos(self) -> SceneLayout:
+        """The layout of the videos alone, without their text; ValueError where there is a global prompt, which has a
+        place of its own among rows of text and video only."""
+        if any(shot.role == "global" for shot in self.shots):
+            raise ValueError("scenes: with cross-attention a global prompt stands before the text of every shot")
+        return SceneLayout([map(_mute, scene) for scene in self.scenes], self.visibility, self.offsets)
 
     # -- generation ----------------------------------------------------------------------------------------------
 
@@ -291,6 +304,7 @@ class SceneLayout:
         device: str | torch.device = "cpu",
         text_scale: float = 1.0,
         alone: Sequence[Shot] | None = None,
+        cross: bool = False,
     ) -> Geometry:
         """Geometry of the rows from shot `first` of every scene on, over a cache that holds the shots before it.
 
@@ -302,6 +316,12 @@ class SceneLayout:
         ValueError where a scene does not fit `capacity`, before anything is written, and for bidirectional visibility,
         under which a cached key would have to change.
         """
+        if cross:
+            mute = [version and [*map(_mute, version)] for version in (alternatives, alone)]
+            geometry = self.videos.tail(first, capacity, mute[0], device, 0.0, mute[1])
+            versions = [version for version in (alternatives, alone) if version is not None]
+            own = [(*scene[first:], *(v[b] for v in versions)) for b, scene in enumerate(self.scenes)]
+            return _crossed(geometry, [shot for shots in own for shot in shots], device)
         if self.visibility == "bidirectional":
             raise ValueError("visibility: a cache needs context_causal, isolated or a selection, got 'bidirectional'")
         first = _size("first", first)
@@ -354,6 +374,17 @@ class SceneLayout:
             _positions(shots, origins, text_scale, device),
             torch.from_numpy(where).to(device),
         )
+
+
+def _mute(shot: Shot) -> Shot:
+    return replace(shot, text=0)
+
+
+def _crossed(geometry: Geometry, shots: Sequence[Shot], device: str | torch.device) -> Geometry:
+    """A geometry of videos alone, whose rows see the text of their own shot by cross-attention."""
+    texts, videos = ([0, *accumulate(rows)] for rows in zip(*((s.text, s.video_rows) for s in shots), strict=True))
+    runs = [Run(*video, (text,)) for video, text in zip(pairwise(videos), pairwise(texts), strict=True)]
+    return replace(geometry, shots=tuple(shots), cross=Plan.build(runs, videos[-1], texts[-1], device))
 
 
 def _without(intervals: Sequence[Interval], cut: Interval) -> tuple[Interval, ...]:

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from lct.kernels import KVRows, NormRope, assemble_, norm_rope_append_, select
 from lct.kernels.numerics import compare
 from lct.layout import SceneLayout, Shot
-from lct.model.cache import HistoryPool, KVCache
+from lct.model.cache import KVCache
 from lct.model.config import tiny
+from lct.model.pool import HistoryPool
 from lct.sample import Sampling, autoregressive
 
 NAN = float("nan")

@@ -18,6 +18,7 @@ from lct.data.scenefile import read_scene
 from lct.data.video import read_video, write_video
 from lct.kernels.select import ATTENTION
 from lct.model.config import preset
+from lct.model.families import build
 from lct.train.checkpoint import load_model, save_weights
 from lct.train.runs import RUNS, run
 
@@ -137,18 +138,21 @@ def amount(text: str) -> float:
     return float(number.replace(",", "")) * units.get(unit, 1)
 
 
-@pytest.mark.parametrize("name", ["tiny", "lct_3b"])
+@pytest.mark.parametrize("name", ["tiny", "lct_3b", "hunyuan15", "wan_5b"])
 def test_estimate_prints_what_the_model_counts(lct, name):
     words = ("global:7", "9:3x8x8", "4:1x8x8", "/", "5:2x4x4")
     lines = [line.strip("│ \n").split("│") for line in lct("estimate", *words, "--preset", name).splitlines()]
     printed = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
     config, layout = preset(name), parse_layout(words, "context_causal")
     with torch.device("meta"):
-        model = MMDiT(config)
+        model = build(config)
     parameters = sum(weight.numel() for weight in model.parameters())
-    keys_and_values = 2 * 2 * config.blocks * layout.rows * config.kv_heads * config.head_dim
-    rows = (7 + 1) + (9 + 192) + (4 + 64) + (5 + 32)
+    kept = rows = (7 + 1) + (9 + 192) + (4 + 64) + (5 + 32)
     pairs = 8 * 8 + 201 * (8 + 201) + 68 * (8 + 201 + 68) + 37 * 37
+    if name == "wan_5b":  # the global prompt stands before each shot's text, and rows that attend are video alone
+        layout = parse_layout(("16:3x8x8", "11:1x8x8", "/", "5:2x4x4"), "context_causal")
+        rows, kept, pairs = 16 + 192 + 11 + 64 + 5 + 32, 192 + 64 + 32, 192 * 192 + 64 * (192 + 64) + 32 * 32
+    keys_and_values = 2 * 2 * config.blocks * kept * config.kv_heads * config.head_dim
     assert amount(printed["parameters"]) == pytest.approx(parameters, abs=0.5e6)
     assert amount(printed["rows"]) == rows
     assert amount(printed["visible pairs"]) == pairs
@@ -157,6 +161,15 @@ def test_estimate_prints_what_the_model_counts(lct, name):
     assert amount(printed["keys and values"]) == pytest.approx(keys_and_values, rel=0.01)
     assert amount(printed["weights"]) == pytest.approx(4 * parameters, rel=0.01)
     assert amount(printed["training state"]) == pytest.approx(20 * parameters, rel=0.01)
+
+
+def test_estimate_says_what_tuning_takes(lct):
+    words = ("256:21x30x30", "256:21x30x30", "--preset", "hunyuan15")
+    whole, low = (lct("estimate", *words, *more) for more in ((), ("--lora", "64")))
+    assert "1 × H200, 141 GB: no, 8 × H800, 80 GB: yes" in whole and "1 × H200, 141 GB: yes" in low
+    trained = re.search(r"rank 64, ([0-9.]+) M parameters", low)
+    # qkv and out of both streams of 54 blocks, and of the refiner's none
+    assert float(trained[1]) == pytest.approx(54 * 2 * 64 * (2048 + 3 * 2048 + 2 * 2048) / 1e6, rel=1e-3)
 
 
 def test_doctor_names_every_implementation_and_the_one_that_is_taken(lct):
@@ -288,7 +301,10 @@ def test_what_sample_made_can_be_given_for_a_further_shot(lct, scene, weights, t
         (["train", "tiny_lct"], ["runs/tiny_text_rope", "no checkpoint", "`lct train`"]),
         (["train", "tiny_lct", "--steps=0"], ["steps", "at least 1", "got 0"]),
         (["train", "film", "--data.source=nowhere"], ["nowhere", "scene.toml", "lct ingest"]),
-        (["estimate", "4:1x1x1", "--preset=huge"], ["preset: expected one of ('tiny', 'micro', 'lct_3b'), got 'huge'"]),
+        (
+            ["estimate", "4:1x1x1", "--preset=huge"],
+            ["preset: expected one of ('tiny', 'micro', 'lct_3b', ", "got 'huge'"],
+        ),
         (["estimate", "4:1x1x1", "--tflops=0"], ["tflops", "above 0", "got 0"]),
         (["estimate", "four"], ["TEXT:TxHxW, for example 9:3x8x8", "'four'"]),
         (["mask", "3:-1x2x2"], ["TEXT:TxHxW, for example 9:3x8x8", "'3:-1x2x2'", "at least 0", "got -1"]),

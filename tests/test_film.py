@@ -48,7 +48,7 @@ def tuned(tmp_path_factory):
     before = bench.losses_at_start(trainer.model.eval(), load_sample(longest))
     trainer.model.train()
     trainer.run()
-    model = trainer.ema.module.eval().requires_grad_(False)
+    model = trainer.averaged()
     return bench, longest, before, bench.losses(model, load_sample(longest), config.text_scale), model
 
 

@@ -30,7 +30,7 @@ from lct.kernels import (
 )
 from lct.kernels.numerics import compare
 from lct.layout import Geometry, SceneLayout, Shot
-from lct.model.config import tiny
+from lct.model.config import Memory, tiny
 from lct.sample import Sampling, autoregressive
 from lct.validate import DTYPES, validate
 
@@ -384,7 +384,7 @@ def test_the_model_trains_alike():
 @pytest.mark.parametrize("chosen", [None, [[], [0], [1, 0]]], ids=["cache", "pool"])
 def test_the_sampler_generates_alike(chosen):
     model = random_model(CONFIG, dtype=torch.float32).to(CUDA)
-    options = {"chosen": chosen} | ({} if chosen is None else {"pool_device": "cpu"})
+    options = {"chosen": chosen} | ({} if chosen is None else {"memory": Memory(device="cpu")})
     results = [
         autoregressive(model, requests(), Sampling(steps=2, guidance=2.0), impl=impl, **options)
         for impl in ("reference", "triton")

@@ -37,9 +37,9 @@ def test_decode_clamps_and_a_ramp_comes_back():
 
 
 def test_an_image_is_a_video_of_one_frame():
-    frame = np.random.default_rng(1).integers(0, 256, (16, 8, 3), np.uint8)
+    frames = np.random.default_rng(1).integers(0, 256, (2, 16, 8, 3), np.uint8)
     codec = PixelCodec(8)
-    assert torch.equal(codec.encode_image(frame), codec.encode(frame[None])[0])
+    assert torch.equal(codec.encode_images(frames)[1], codec.encode(frames[1:])[0])
     assert (codec.channels, codec.stride, codec.time_stride, codec.name) == (3, 8, 1, "pixel/8")
 
 
@@ -71,7 +71,7 @@ def test_gradients_pass_through():
         (lambda: PixelCodec(0), "stride: expected a positive"),
         (lambda: PixelCodec(8).encode(np.zeros((1, 8, 12, 3), np.uint8)), "8 divides"),
         (lambda: PixelCodec(8).encode(np.zeros((1, 8, 8, 3), np.float32)), "expected uint8"),
-        (lambda: PixelCodec(8).encode_image(np.zeros((8, 8), np.uint8)), r"\[T, H, W, 3\]"),
+        (lambda: PixelCodec(8).encode_images(np.zeros((1, 8, 8), np.uint8)), r"\[T, H, W, 3\]"),
         (lambda: PixelCodec(8).decode(torch.zeros(4, 12)), "unpatchify first"),
         (lambda: patchify(torch.zeros(3, 4, 4, 1), (2, 2, 2)), "divides"),
         (lambda: patchify(torch.zeros(4, 4, 1), (1, 2, 2)), r"expected \[T, H, W, C\]"),

@@ -193,7 +193,7 @@ def test_offsets_of_a_layout():
 
 
 def test_training_with_one_place_and_one_time():
-    toy, words = ToyScenes("returning", max_shots=9), lambda prompt: [1] * len(prompt.split())
+    toy, words = ToyScenes("returning", max_shots=9), lambda prompt: torch.ones(len(prompt.split()), dtype=torch.int64)
     draw = lambda **options: draw_batch(  # noqa: E731
         toy, words, (1, 4, 4), "bidirectional", {"cut": 1.0}, 0.0, 0.0, 4, 0, 0, **options
     )

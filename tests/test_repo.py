@@ -14,7 +14,19 @@ import lct
 from lct.kernels.select import ATTENTION, NORM_ROPE
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ["triton", "tvm_ffi", "av", "cv2", "scenedetect", "pynvml", "diffusers", "flash_attn", "xformers", "gradio"]
+OPTIONAL = [
+    "triton",
+    "tvm_ffi",
+    "av",
+    "cv2",
+    "scenedetect",
+    "pynvml",
+    "diffusers",
+    "transformers",
+    "flash_attn",
+    "xformers",
+    "gradio",
+]
 
 # DESIGN § 3, module by module: what each part of lct/ may import, itself and `lct` (for the version) apart.
 # Beyond the written rule: a sampler of scene files draws contact sheets, so `sample` imports `draw`; `progress` imports
@@ -27,7 +39,8 @@ MAY_IMPORT = {
     "lct.model": ("lct.plan", "lct.layout", "lct.kernels"),
     "lct.data": ("lct.plan", "lct.layout"),
     "lct.draw": ("lct.plan", "lct.layout", "lct.data"),
-    "lct.train": (*MODEL, "lct.data"),
+    "lct.pretrained": (*MODEL, "lct.data", "lct.progress"),
+    "lct.train": (*MODEL, "lct.data", "lct.pretrained"),
     "lct.sample": (*MODEL, "lct.data", "lct.draw"),
     "lct.evaluate": (*MODEL, "lct.data", "lct.train", "lct.sample"),
     "lct.direct": (*MODEL, "lct.data", "lct.draw", "lct.train", "lct.sample"),
@@ -179,7 +192,7 @@ def test_a_file_has_fewer_than_600_lines(file):
     assert lines(file) < 600
 
 
-@pytest.mark.parametrize(("folder", "limit"), [("lct", 12_000), ("csrc", 4_000)])
+@pytest.mark.parametrize(("folder", "limit"), [("lct", 15_000), ("csrc", 4_000)])
 def test_the_package_stays_small(folder, limit):
     assert 0 < sum(lines(file) for file in SOURCES if file.parts[0] == folder) < limit
 

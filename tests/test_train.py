@@ -76,7 +76,7 @@ def test_time_shift_keeps_the_ends_and_moves_the_middle():
 def test_a_batch_depends_on_seed_and_step_alone():
     a, b, other = batch(step=3), batch(step=3), batch(step=4)
     assert a.layout == b.layout and a.layout != other.layout
-    for name in ("latents", "ids", "places", "normal", "noise"):
+    for name in ("latents", "tokens", "places", "normal", "noise"):
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 
@@ -277,7 +277,7 @@ def test_no_two_toy_words_share_a_bucket():
         for i in range(100)
         for word in _words(ToyScenes("three_characters").sample("cut", np.random.default_rng(i)))
     }
-    assert len({model.text_encoder.tokenize(word)[0] for word in words | {"[SHOT CUT]"}}) == len(words) + 1
+    assert len({int(model.text_encoder.tokenize(word)[0]) for word in words | {"[SHOT CUT]"}}) == len(words) + 1
 
 
 def _words(sample):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from lct.data.latents import patchify, size_in_patches
 from lct.data.scenes import SceneSample, ShotSample, shot_prompt
 from lct.layout import GLOBAL_VIDEO, SceneLayout, Shot
 
-Tokenize = Callable[[str], list[int]]
+Tokenize = Callable[[str], Tensor]
 
 
 class Dataset(Protocol):
@@ -29,12 +29,13 @@ class Packed:
 
     layout   every shot of every scene, global prompts included
     latents  fp32 [S_video, patch channels], clean; zero for the dummy video of global prompts
-    ids      int64 [S_text], token ids; places int64 [S_text], where in its prompt each stands
+    tokens   of all prompts one behind the other, ids [S_text] or features [S_text, C]; see `TextEncoder.tokenize`
+    places   int64 [S_text], where in its prompt each stands
     """
 
     layout: SceneLayout
     latents: Tensor
-    ids: Tensor
+    tokens: Tensor
     places: Tensor
 
     @property
@@ -57,35 +58,38 @@ def pack(
     patch: tuple[int, int, int],
     visibility: str,
     one_place: bool = False,
+    cross: bool = False,
 ) -> Packed:
-    """Pack scenes without padding; `one_place` starts all shots of a scene at position 0.
+    """Pack scenes without padding.
+
+    one_place  start all shots of a scene at position 0
+    cross      for a model with cross-attention: the global prompt is not a shot, it stands before each shot's own text
 
     ValueError where a size is no multiple of the patch.
     """
     channels = samples[0].shots[0].latents.shape[-1] * int(np.prod(patch))
     scenes, latents, prompts = [], [], []
     for sample in samples:
-        scene = []
-        if sample.global_prompt is not None:
-            ids = tokenize(sample.global_prompt)
-            scene.append(Shot(len(ids), GLOBAL_VIDEO, "global"))
-            prompts.append(ids)
+        scene, shared = [], None if sample.global_prompt is None else tokenize(sample.global_prompt)
+        if shared is not None and not cross:
+            scene.append(Shot(len(shared), GLOBAL_VIDEO, "global"))
+            prompts.append(shared)
             latents.append(torch.zeros(1, channels))
         for shot in sample.shots:
-            ids = tokenize(shot_prompt(shot.prompt, shot.cut))
-            scene.append(Shot(len(ids), size_in_patches(shot.latents.shape, patch)))
-            prompts.append(ids)
+            tokens = tokenize(shot_prompt(shot.prompt, shot.cut))
+            if shared is not None and cross:
+                tokens = torch.cat([shared, tokens])
+            scene.append(Shot(len(tokens), size_in_patches(shot.latents.shape, patch)))
+            prompts.append(tokens)
             latents.append(patchify(torch.from_numpy(shot.latents), patch))
         scenes.append(scene)
     offsets = [[0.0] * len(scene) for scene in scenes] if one_place else None
     return Packed(SceneLayout(scenes, visibility, offsets), torch.cat(latents), *pack_tokens(prompts))
 
 
-def pack_tokens(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(ids, places) int64 [S_text]: tokens of prompts one behind the other, and where in its prompt each stands."""
-    ids = [token for prompt in prompts for token in prompt]
-    places = [place for prompt in prompts for place in range(len(prompt))]
-    return torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
+def pack_tokens(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens of prompts one behind the other, and places int64 [S_text], where in its prompt each stands."""
+    return torch.cat(list(prompts)), torch.cat([torch.arange(len(prompt)) for prompt in prompts])
 
 
 def draw_batch(
@@ -101,13 +105,14 @@ def draw_batch(
     step: int,
     shared_time: bool = False,
     one_place: bool = False,
+    cross: bool = False,
 ) -> Batch:
     """The batch of one step. Every scene, substitution, dropped prompt, time and noise of slot i depends on
     (seed, step, i) alone: no loader state, any number of workers.
 
     mixture      shares of the kinds of scene
     shared_time  all shots of a scene have its first one's
-    one_place    see `pack`
+    one_place, cross  see `pack`
     """
     kinds, shares = list(mixture), np.array(list(mixture.values()))
     rngs = [np.random.default_rng([seed, step, slot]) for slot in range(scenes)]
@@ -115,7 +120,7 @@ def draw_batch(
     for rng in rngs:
         sample = dataset.sample(kinds[rng.choice(len(kinds), p=shares / shares.sum())], rng)
         samples.append(_dropped(_substituted(sample, image_probability, rng), drop_probability, rng))
-    packed = pack(samples, tokenize, patch, visibility, one_place)
+    packed = pack(samples, tokenize, patch, visibility, one_place, cross)
     normal, noise = [], []
     for rng, scene in zip(rngs, packed.layout.scenes, strict=True):
         draws = rng.standard_normal(len(scene), np.float32)
@@ -125,7 +130,7 @@ def draw_batch(
     return Batch(
         packed.layout,
         packed.latents,
-        packed.ids,
+        packed.tokens,
         packed.places,
         torch.from_numpy(np.concatenate(normal)),
         torch.from_numpy(np.concatenate(noise)),

@@ -26,7 +26,7 @@ class SceneFolder:
         if not 2 <= max_shots <= MAX_SHOTS:
             raise ValueError(f"max_shots: expected 2 to {MAX_SHOTS}, got {max_shots}; choose one of these")
         self.root, self.max_shots = Path(root), max_shots
-        self.folders = _scene_folders(self.root)
+        self.folders = scene_folders(self.root)
         self.scenes = [read_scene(folder) for folder in self.folders]
         self._shapes = [
             [video_shape(folder, scene, i) for i in range(len(scene.shots))]
@@ -110,7 +110,8 @@ class SceneFolder:
         return None if shared is None else shared.text()
 
 
-def _scene_folders(root: Path) -> list[Path]:
+def scene_folders(root: Path) -> list[Path]:
+    """The folders of scenes under `root`, at any depth; FileNotFoundError where there is none."""
     # a name with a leading dot is a folder that its writer did not finish
     found = [path.parent for path in root.rglob(SCENE)]
     folders = sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(root).parts))

@@ -16,7 +16,7 @@ import numpy as np
 
 from lct.data.atomic import check_vacant, new_folder
 from lct.data.events import Span, colours, select_long
-from lct.data.latents import PixelCodec
+from lct.data.latents import Codec, PixelCodec
 from lct.data.scenefile import MAX_SHOTS, GlobalPrompt, SceneFile, ShotEntry, write_scene
 from lct.data.video import iterate_video, read_video, video_package
 
@@ -101,8 +101,8 @@ def ingest(
     divided = _divide(small.frames, small.fps, scenes, int(max_frames * step), max_shots) if divide else []
 
     def write(folder: Path, kind: str, groups: list[list[Span]]) -> list[tuple[tuple[int, int, int], ...]]:
-        shots = [_plan(span, step, max_frames) for spans in groups for span in spans]
-        encoded, sizes = _encode(path, shots, codec, side, patch * stride), []
+        shots = [shot_frames(span, step, max_frames) for spans in groups for span in spans]
+        encoded, sizes = encode_shots(path, shots, codec, side, patch * stride), []
         for i, spans in enumerate(groups):
             latents, entries, cut = {}, [], kind == "scene" and len(spans) > 1
             for s, (shot, video, images) in enumerate(next(encoded) for _ in spans):
@@ -208,7 +208,7 @@ def fit(height: int, width: int, side: int, multiple: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Shot:
+class ShotFrames:
     """Which frames of the film a shot's latents show; span covers all of them."""
 
     span: Span
@@ -216,17 +216,20 @@ class _Shot:
     images: tuple[int, ...]
 
 
-def _plan(span: Span, step: float, max_frames: int) -> _Shot:
-    """Every `step`-th frame of a shot, from its first, at most `max_frames` of them."""
+def shot_frames(span: Span, step: float, max_frames: int, time_stride: int = 1) -> ShotFrames:
+    """Every `step`-th frame of a shot, from its first, at most `max_frames` of them; one and a multiple of the codec's
+    stride in time."""
     start, end = span
     count = min(math.ceil((end - start) / step), max_frames)
+    count -= (count - 1) % time_stride
     end = min(end, start + math.ceil(count * step))
-    return _Shot((start, end), tuple(start + int(i * step) for i in range(count)), tuple(_spread((start, end), IMAGES)))
+    video = tuple(start + int(i * step) for i in range(count))
+    return ShotFrames((start, end), video, tuple(_spread((start, end), IMAGES)))
 
 
-def _encode(
-    path: str | Path, shots: list[_Shot], codec: PixelCodec, side: int, multiple: int
-) -> Iterator[tuple[_Shot, np.ndarray, np.ndarray]]:
+def encode_shots(
+    path: str | Path, shots: list[ShotFrames], codec: Codec, side: int, multiple: int
+) -> Iterator[tuple[ShotFrames, np.ndarray, np.ndarray]]:
     """Yield every shot with its video latents [T, H, W, C] and image latents [K, H, W, C], decoding the film once."""
     film = enumerate(iterate_video(path, resize=lambda height, width: fit(height, width, side, multiple)))
     for shot in shots:
@@ -238,8 +241,8 @@ def _encode(
             if i == shot.span[1] - 1:
                 break
         video = codec.encode(np.stack([frames[i] for i in shot.video]))
-        images = [codec.encode_image(frames[i]).numpy() for i in shot.images]
-        yield shot, video.numpy(), np.stack(images)
+        images = codec.encode_images(np.stack([frames[i] for i in shot.images]))
+        yield shot, video.numpy(), images.numpy()
 
 
 def _check_positive(**arguments: float) -> None:

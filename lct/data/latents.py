@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Codec(Protocol):
+    """What turns frames into latents and back: `PixelCodec`, or a pretrained VAE."""
+
+    @property
+    def name(self) -> str: ...
+
+    def encode(self, frames: np.ndarray | Tensor) -> Tensor: ...
+
+    def encode_images(self, frames: np.ndarray | Tensor) -> Tensor: ...
+
+    def decode(self, latents: np.ndarray | Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,9 @@ class PixelCodec:
         """The codec that a scene file calls `name`, such as "pixel/8"; ValueError for another kind of name."""
         kind, _, stride = name.partition("/")
         if kind != "pixel" or not stride.isdecimal():
-            raise ValueError(f"codec: expected pixel/STRIDE, such as pixel/8, got {name!r}")
+            raise ValueError(
+                f"codec: expected pixel/STRIDE, such as pixel/8, got {name!r}; a VAE's latents need its --pipeline"
+            )
         return cls(int(stride))
 
     def __post_init__(self) -> None:
@@ -60,9 +75,9 @@ class PixelCodec:
         means = F.avg_pool2d(pixels.permute(0, 3, 1, 2).float(), self.stride)
         return (means / 127.5 - 1).permute(0, 2, 3, 1).contiguous()
 
-    def encode_image(self, frame: np.ndarray | Tensor) -> Tensor:
-        """Encode one frame as an image, on its own: uint8 [H, W, 3] -> float32 [H/stride, W/stride, 3]."""
-        return self.encode(torch.as_tensor(frame)[None])[0]
+    def encode_images(self, frames: np.ndarray | Tensor) -> Tensor:
+        """Encode frames as images, each on its own: uint8 [K, H, W, 3] -> float32 [K, H/stride, W/stride, 3]."""
+        return self.encode(frames)
 
     def decode(self, latents: np.ndarray | Tensor) -> Tensor:
         """Enlarge bicubically and clamp: float [T, H, W, 3] in [-1, 1] -> uint8 [T, H·stride, W·stride, 3]."""

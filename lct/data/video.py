@@ -67,6 +67,12 @@ def iterate_video(
         yield from _pictures(path, container, stream, resize)
 
 
+def film_fps(path: str | Path, max_pixels: int = MAX_PIXELS) -> float:
+    """Frames per second of a film, without decoding it; raises what `read_video` raises."""
+    with _opened(path, max_pixels) as (_, stream):
+        return float(_rate(path, stream))
+
+
 def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
     """Write uint8 [N, H, W, 3] RGB frames as an H.264 mp4; an odd height or width is padded by its last row or column.
 

@@ -10,10 +10,32 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """Master weights keep their dtype; the product runs in the dtype of the input."""
+    """Master weights keep their dtype; the product runs in the dtype of the input.
+
+    down, up  [r, in] and [out, r] of a low-rank change up · down of the weight, where `add_lora` made one
+    """
+
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+
+    def __init__(self, channels: int, out: int, bias: bool = True):
+        super().__init__(channels, out, bias)
+        self.register_parameter("down", None)
+        self.register_parameter("up", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        out = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.down is None or self.up is None:
+            return out
+        return out + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Master weights keep their dtype, as in `Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = list(self.normalized_shape)
+        return F.layer_norm(x, shape, weight=self.weight.to(x.dtype), bias=self.bias.to(x.dtype), eps=self.eps)
 
 
 def time_features(times: Tensor, channels: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -108,13 +108,21 @@ class MMDiT(nn.Module):
         super().__init__()
         c = self.config = config
         self.text_encoder: TextEncoder | None = WordEncoder(c.vocabulary, c.text_channels) if c.vocabulary else None
-        self.video_in = Linear(c.patch_channels, c.width)
-        self.text_in = Linear(c.text_channels, c.width)
+        self.video_in = Linear(c.patch_channels + c.condition_channels, c.width)
+        self.text_in = self.text_layers()
         self.time_in = nn.Sequential(Linear(c.time_channels, c.width), nn.SiLU(), Linear(c.width, c.width), nn.SiLU())
-        self.blocks = nn.ModuleList(Block(c, last=i == c.blocks - 1) for i in range(c.blocks))
+        self.blocks = nn.ModuleList(self.block_layers())
         self.last_modulation = Linear(c.width, 2 * c.width)
         self.video_out = Linear(c.width, c.patch_channels)
         self.reset_parameters()
+
+    def text_layers(self) -> nn.Module:
+        """What turns text features into the text stream."""
+        return Linear(self.config.text_channels, self.config.width)
+
+    def block_layers(self) -> Iterable[nn.Module]:
+        """The blocks, first to last."""
+        return (Block(self.config, last=i == self.config.blocks - 1) for i in range(self.config.blocks))
 
     def reset_parameters(self) -> None:
         """Every block starts as the identity (adaLN-Zero) and the velocity at zero."""
@@ -144,12 +152,13 @@ class MMDiT(nn.Module):
         times: Tensor,
         geometry: Geometry | SceneLayout,
         cache: KVCache | None = None,
-        pool: Sequence[KVRows] | None = None,
+        pool: Iterable[KVRows] | None = None,
         impl: str = "auto",
     ) -> Tensor:
         """v_Θ(z_t, t, c_text) of Eq. 1, for every shot at its own t.
 
-        video     [S_video, patch channels], noisy latents as packed patches; their dtype is the compute dtype
+        video     [S_video, patch channels], noisy latents as packed patches; their dtype is the compute dtype. A model
+                  with `condition_channels` takes them behind the latents; without them they are zero
         text      [S_text, text_channels], packed text features
         times     fp32 [N], t of every shot of the geometry, in [0, 1]
         geometry  of the rows given here; a SceneLayout stands for `layout.geometry(device)`
@@ -162,25 +171,54 @@ class MMDiT(nn.Module):
         """
         choice = Choice.of(impl)
         if isinstance(geometry, SceneLayout):
-            geometry = geometry.geometry(video.device)
+            geometry = geometry.geometry(video.device, cross=self.config.cross)
         if not torch.compiler.is_compiling():  # sizes read here would become guards, one compilation a layout
             self._check(video, text, times, geometry, cache, pool)
-        shots = self.time_in(
-            time_features(times.to(statistics_dtype(self.video_out.weight.dtype)), self.config.time_channels)
-        )
-        x_video, x_text = self.video_in(video), self.text_in(text.to(video.dtype))
+        text = text.to(video.dtype)
+        shots = self.condition(times, text, geometry)
+        x_text, x_video = self.embed(text, video, times, geometry, choice)
         nowhere = [None] * len(self.blocks)
         caches = nowhere if cache is None else cache.at(cast(Tensor, geometry.slots))
-        for block, *kv in zip(self.blocks, caches, pool or nowhere, strict=True):
-            x_text, x_video = block(x_text, x_video, shots, geometry, *kv, choice)
+        x_video = self.run_blocks(x_text, x_video, shots, geometry, zip(caches, pool or nowhere, strict=True), choice)
         shift, scale = self.last_modulation(shots).chunk(2, dim=-1)
         return self.video_out(modulate(x_video, shift, scale, geometry.streams.video_starts, choice.modulate))
 
+    # What models that others trained do in their own way; see `hunyuan.py`.
+
+    def condition(self, times: Tensor, text: Tensor, geometry: Geometry) -> Tensor:
+        """[N, C]: what modulates the rows of each shot, in the dtype of statistics."""
+        return self.time_in(
+            time_features(times.to(statistics_dtype(self.video_out.weight.dtype)), self.config.time_channels)
+        )
+
+    def embed(
+        self, text: Tensor, video: Tensor, times: Tensor, geometry: Geometry, choice: Choice
+    ) -> tuple[Tensor, Tensor]:
+        """The two streams as they enter the first block, [S_text, C] and [S_video, C]."""
+        return self.text_in(text), self.video_in(video)
+
+    def run_blocks(
+        self,
+        text: Tensor,
+        video: Tensor,
+        shots: Tensor,
+        geometry: Geometry,
+        stored: Iterable[tuple[KVRows | None, KVRows | None]],
+        choice: Choice,
+    ) -> Tensor:
+        """The video stream after all blocks; `stored` has the rows of cache and pool of each."""
+        for block, kv in zip(self.blocks, stored, strict=True):
+            text, video = block(text, video, shots, geometry, *kv, choice)
+        return video
+
     def _check(self, video, text, times, geometry: Geometry, cache: KVCache | None, pool: object | None) -> None:
         s, c = geometry.streams, self.config
+        entering = c.patch_channels
+        if c.condition_channels and video.ndim == 2 and video.shape[1] != entering:
+            entering += c.condition_channels
         for name, x, expected in (
-            ("video", video, (len(s.video_rows), c.patch_channels)),
-            ("text", text, (len(s.text_rows), c.text_channels)),
+            ("video", video, (len(s.video_rows), entering)),
+            ("text", text, (sum(shot.text for shot in geometry.shots), c.text_row_channels)),
             ("times", times, (len(geometry.shots),)),
         ):
             if tuple(x.shape) != expected:
@@ -212,16 +250,27 @@ class MMDiT(nn.Module):
         return 3 * products + attended * 7 // 2
 
     def _flops(self, geometry: Geometry | SceneLayout) -> tuple[int, int]:
-        pairs = geometry.pairs if isinstance(geometry, SceneLayout) else geometry.plan.pairs
+        if isinstance(geometry, SceneLayout) and self.config.cross:
+            geometry = geometry.geometry(cross=True)
+        if isinstance(geometry, SceneLayout):
+            pairs = geometry.pairs
+        else:
+            pairs = geometry.plan.pairs + (geometry.cross.pairs if geometry.cross is not None else 0)
         c, shots = self.config, geometry.shots
-        rows = {"text": sum(s.text for s in shots), "video": sum(s.video_rows for s in shots)}
-        products = 0
-        for name, module in self.named_modules():
-            if isinstance(module, Linear) and not name.startswith("time_in"):
-                per_shot = "modulation" in name
-                stream = "text" if "text" in name else "video"
-                products += 2 * module.weight.numel() * (len(shots) if per_shot else rows[stream])
+        text, video = sum(s.text for s in shots), sum(s.video_rows for s in shots)
+        rows = {"shot": len(shots), "text": text, "video": video, "joint": text + video}
+        products = sum(
+            2 * module.weight.numel() * rows[self.rows_of(name)]
+            for name, module in self.named_modules()
+            if isinstance(module, Linear)
+        )
         return products, c.blocks * 4 * pairs * c.heads * c.head_dim
+
+    def rows_of(self, name: str) -> str:
+        """What the product called `name` is computed for: each "shot", or the rows "text", "video" or "joint"."""
+        if "modulation" in name or name.startswith("time_in"):
+            return "shot"
+        return "text" if "text" in name else "video"
 
     def kv_bytes(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the keys and values of `rows` rows over all blocks."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lct.model.layers import time_features
@@ -19,12 +21,14 @@ _SALT = 14  # with it no two words of the toy scenes fall into one of 511 bucket
 class TextEncoder(Protocol):
     """What the trainer and the samplers ask of a text encoder, small or large, learned or frozen."""
 
-    def tokenize(self, prompt: str) -> list[int]:
-        """Ids of a prompt, as many as its shot has text tokens; "" is the null prompt of guidance."""
+    def tokenize(self, prompt: str) -> Tensor:
+        """A prompt, a row for each text token of its shot; "" is the null prompt of guidance. Of a learned encoder ids
+        [L], of a frozen one features [L, text channels], so that it runs once and not in every step."""
         ...
 
-    def __call__(self, ids: Tensor, places: Tensor) -> Tensor:
-        """ids, places [S_text] of packed prompts -> features [S_text, text_channels]."""
+    def __call__(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Tokens of packed prompts, and places int64 [S_text], where in its prompt each stands -> features [S_text,
+        text channels]."""
         ...
 
 
@@ -37,12 +41,25 @@ class WordEncoder(nn.Module):
         self.words = nn.Embedding(vocabulary, channels)
         self.places = nn.Linear(_WAVES, channels, bias=False)
 
-    def tokenize(self, prompt: str) -> list[int]:
-        """Ids of the words of a prompt, upper and lower case alike; at least one."""
+    def tokenize(self, prompt: str) -> Tensor:
+        """int64 ids of the words of a prompt, upper and lower case alike; at least one."""
         words = [word.lower() for word in _WORDS.findall(prompt)]
-        return [1 + zlib.crc32(word.encode(), _SALT) % (self.vocabulary - 1) for word in words] or [NULL]
+        return torch.tensor([1 + zlib.crc32(word.encode(), _SALT) % (self.vocabulary - 1) for word in words] or [NULL])
 
-    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
-        """ids [S_text], places [S_text] (index of each word in its prompt) -> [S_text, channels]."""
+    def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """tokens, places int64 [S_text] -> [S_text, channels]."""
         waves = time_features(places.to(self.words.weight.dtype) / 1000, _WAVES)
-        return self.words(ids) + self.places(waves)
+        return self.words(tokens) + self.places(waves)
+
+
+class Finished:
+    """A frozen encoder, whose features are the tokens: `lookup` turns a prompt into them."""
+
+    def __init__(self, lookup: Callable[[str], Tensor]):
+        self.lookup = lookup
+
+    def tokenize(self, prompt: str) -> Tensor:
+        return self.lookup(prompt)
+
+    def __call__(self, tokens: Tensor, places: Tensor) -> Tensor:
+        return tokens

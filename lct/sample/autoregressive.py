@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lct.model.config import Memory
 from lct.model.mmdit import MMDiT
 from lct.sample.history import CachedHistory, Guides, PooledHistory, RecomputedHistory
 from lct.sample.request import (
@@ -31,7 +32,7 @@ def autoregressive(
     cached: bool = True,
     impl: str = "auto",
     chosen: Sequence[Sequence[int]] | None = None,
-    pool_device: str | torch.device | None = None,
+    memory: Memory | None = None,
     absolute: bool = False,
 ) -> list[list[Tensor]]:
     """Generate scenes shot by shot: global prompt and given shots enter the history at t = 0, generated ones at t_c.
@@ -41,7 +42,7 @@ def autoregressive(
     cached      keep keys and values of the history; False computes it anew in every step
     chosen      per shot, numbers of the earlier shots it sees beside the global prompt, in any order; they are gathered
                 from a pool of finished shots, to compact positions. None: all of them, in their order
-    pool_device where that pool lies: the model's device, or "cpu"
+    memory      of that pool, where finished shots should take another place or less of it; see `Memory`
     absolute    chosen shots keep the positions of the whole scene, to see what is lost by it
 
     Returns, per scene and shot, latents as packed patches [T·H·W, patch channels]; given ones bitwise as they were.
@@ -52,17 +53,21 @@ def autoregressive(
             "scenes: expected as many shots in each, the same of them given, and a global prompt in all or none; "
             "split the batch"
         )
-    new_columns = [[Prompted.of(model, scene.shots[i]) for scene in scenes] for i in range(len(scenes[0].shots))]
-    prompts = [Prompted.global_prompt(model, s.global_prompt) for s in scenes if s.global_prompt is not None]
+    shared = [scene.global_prompt for scene in scenes]
+    new_columns = [
+        [Prompted.of(model, scene.shots[i], scene.global_prompt) for scene in scenes]
+        for i in range(len(scenes[0].shots))
+    ]
+    prompts = [Prompted.global_prompt(model, p) for p in shared if p is not None and not model.config.cross]
     if cached and len(sampling.history_times) > 1:
         raise ValueError("history_time: a schedule by age needs cached=False, or times of each shot's own")
+    if chosen is None and memory is not None:
+        chosen = [range(index) for index in range(len(new_columns))]
     if chosen is not None:
         _check_chosen(chosen, len(new_columns), visibility, cached)
-    elif pool_device is not None or absolute:
-        raise ValueError(
-            f"pool_device, absolute: go with chosen shots, got {pool_device!r} and {absolute}, and no choice"
-        )
-    history = _history(model, prompts, new_columns, sampling, visibility, cached, impl, chosen, pool_device, absolute)
+    elif absolute:
+        raise ValueError("absolute: goes with chosen shots, got no choice")
+    history = _history(model, prompts, new_columns, sampling, visibility, cached, impl, chosen, memory, absolute)
     like = state(model)
     if prompts:
         history.commit(prompts, None, [like.new_zeros(1, like.shape[1])] * len(scenes))
@@ -74,7 +79,7 @@ def autoregressive(
             history.choose([*range(shift), *(shift + i for i in seen)])
         requests = [scene.shots[index] for scene in scenes]
         last = index == len(new_columns) - 1
-        latents = _finish(model, history, new, requests, sampling, guide_history=len(seen) > 0, keep=not last)
+        latents = _finish(model, history, new, requests, shared, sampling, guide_history=len(seen) > 0, keep=not last)
         if not last:
             history.commit(new, requests, latents)
         for scene, x in zip(finished, latents, strict=True):
@@ -83,13 +88,13 @@ def autoregressive(
     return finished
 
 
-def _history(model, prompts, columns, sampling, visibility, cached, impl, chosen, pool_device, absolute):
+def _history(model, prompts, columns, sampling, visibility, cached, impl, chosen, memory, absolute):
     """The history that `autoregressive` asks for, with room for the longest context of any scene."""
     if not cached:
         return RecomputedHistory(model, len(columns[0]), sampling, visibility, impl)
     copies = 1 + (sampling.guidance != 1) + (sampling.history_guidance != 1)  # a shot, and the versions that guide it
-    rows = [[p.shot.rows for p in scene] for scene in zip(*columns, strict=True)]
-    shared = [p.shot.rows for p in prompts] or [0] * len(rows)
+    rows = [[p.rows for p in scene] for scene in zip(*columns, strict=True)]
+    shared = [p.rows for p in prompts] or [0] * len(rows)
     seen = chosen or [range(i) for i in range(len(columns))]
     capacity = max(
         first + sum(scene[i] for i in earlier) + copies * scene[index]
@@ -102,7 +107,7 @@ def _history(model, prompts, columns, sampling, visibility, cached, impl, chosen
     # where a step's keys are kept, the pool takes those of the guiding versions too, behind the newest shot
     beside = (copies - 1) * max(max(scene) for scene in rows) if sampling.keep == "step" else 0
     pooled = max(first + sum(scene[:-1]) for first, scene in zip(shared, rows, strict=True)) + beside
-    return PooledHistory(*size, max(pooled, 1), impl, pool_device, absolute)
+    return PooledHistory(*size, max(pooled, 1), impl, memory, absolute)
 
 
 def _check_chosen(chosen: Sequence[Sequence[int]], shots: int, visibility: str, cached: bool) -> None:
@@ -122,6 +127,7 @@ def _finish(
     history: CachedHistory | RecomputedHistory,
     new: Sequence[Prompted],
     requests: Sequence[ShotRequest],
+    shared: Sequence[str | None],
     sampling: Sampling,
     guide_history: bool,
     keep: bool,
@@ -129,7 +135,8 @@ def _finish(
     """The finished latents of one shot per scene, given or denoised; `keep` the keys of a step where that is asked."""
     if requests[0].given is not None:
         return [clean_latents(request, model) for request in requests]
-    null = [Prompted.of(model, r, "") for r in requests] if sampling.guidance != 1 else None
+    pairs = zip(requests, shared, strict=True)
+    null = [Prompted.of(model, r, scene, "") for r, scene in pairs] if sampling.guidance != 1 else None
     alone = new if sampling.history_guidance != 1 and guide_history else None
     weights = [w for w, branch in ((sampling.guidance, null), (sampling.history_guidance, alone)) if branch is not None]
     history.begin(new, Guides(null, alone))

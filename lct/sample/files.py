@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from lct.data.atomic import check_vacant, new_folder
-from lct.data.latents import PixelCodec, patchify, size_in_patches, unpatchify
+from lct.data.latents import Codec, PixelCodec, patchify, size_in_patches, unpatchify
 from lct.data.scenefile import SceneFile, ShotEntry, load_shot, read_scene, write_scene
 from lct.data.scenes import ShotSample, shot_prompt
 from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet
+from lct.model.config import Memory
 from lct.model.mmdit import MMDiT
 from lct.sample.autoregressive import autoregressive
 from lct.sample.joint import joint
@@ -34,6 +35,8 @@ def sample_scene(
     fps: float | None = None,
     impl: str = "auto",
     context: int = CONTEXT,
+    codec: Codec | None = None,
+    memory: Memory | None = None,
 ) -> Path:
     """Generate every shot of a scene file that has no media, into the new folder `out`, whole or not at all.
 
@@ -41,6 +44,8 @@ def sample_scene(
     mode        "auto-regressive", "joint", or None for what suits the visibility
     fps         of the films; None for the scene file's own
     context     shots that one sees by default, itself included: as many as the weights had in training
+    codec       what turns latents into frames; None for the one that the scene file names
+    memory      of finished shots, where it should not be that of a plain cache
 
     `out` holds `scene/` (the scene file and all latents), `shot-N.mp4` and a contact sheet. ValueError, before anything
     is generated, where a shot has no size or one that the model's patch does not divide, where given latents are not
@@ -53,7 +58,9 @@ def sample_scene(
     fps = (file.fps or DEFAULT_FPS) if fps is None else fps
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
-    codec = PixelCodec.named(file.codec or "pixel/1")
+    codec = codec or PixelCodec.named(file.codec or "pixel/1")
+    if file.codec not in (None, codec.name):
+        raise ValueError(f"{scene_path}: expected latents of {codec.name}, got those of {file.codec}; encode it again")
     given = {i: load_shot(folder, file, i) for i, entry in enumerate(file.shots) if entry.media is not None}
     if len(given) == len(file.shots):
         raise ValueError(f"{scene_path}: every shot has media, nothing to generate; add a [[shot]] without media")
@@ -71,10 +78,14 @@ def sample_scene(
                 "mode where shots are chosen; leave sees out, or use lct direct"
             )
         chosen = None
+    if memory is not None and (mode == "joint" or not cached):
+        raise ValueError(
+            "memory: goes with a cache, which needs context-causal weights, one history time, no joint mode"
+        )
     if mode == "joint":
         (latents,) = joint(model, [request], sampling, visibility, impl)
     else:
-        (latents,) = autoregressive(model, [request], sampling, visibility, cached, impl, chosen)
+        (latents,) = autoregressive(model, [request], sampling, visibility, cached, impl, chosen, memory)
     videos = [
         given[i].latents if i in given else unpatchify(rows.float().cpu(), shot.video, model.config.patch).numpy()
         for i, (rows, shot) in enumerate(zip(latents, shots, strict=True))

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lct.layout import Geometry, SceneLayout
-from lct.model.cache import HistoryPool, KVCache
+from lct.model.cache import KVCache
+from lct.model.config import Memory
 from lct.model.mmdit import MMDiT
+from lct.model.pool import HistoryPool, LayeredContext
 from lct.sample.request import Prompted, Sampling, ShotRequest, as_history, features
 
 Velocities = list[tuple[Tensor, ...]]  # per scene, of its new shot and of the branches that guide it
@@ -45,6 +47,10 @@ class _History:
         offsets = [[0.0] * len(scene) for scene in scenes] if self.sampling.one_place else None
         return SceneLayout(scenes, self.visibility, offsets)
 
+    def _placed(self, layout: SceneLayout) -> tuple[float, ...]:
+        """Where the shots of a layout start along the space diagonal."""
+        return layout.videos.origins() if self.model.config.cross else layout.origins(self.sampling.text_scale)
+
     def _text(self, prompted: Sequence[Prompted]) -> Tensor:
         return features(self.model, prompted, self.device)
 
@@ -67,9 +73,10 @@ class CachedHistory(_History):
         sampling: Sampling,
         visibility: str = "context_causal",
         impl: str = "auto",
+        cache: type[KVCache] = KVCache,
     ):
         super().__init__(model, scenes, sampling, visibility, impl)
-        self.cache = KVCache(model.config, scenes, capacity, self.dtype, self.device)
+        self.cache = cache(model.config, scenes, capacity, self.dtype, self.device)
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, new: Sequence[Prompted], guides: Guides) -> None:
@@ -117,7 +124,7 @@ class CachedHistory(_History):
     def _own_slots(self) -> Tensor:
         """Cache rows of the new shots, without those of their guides."""
         assert self._geometry.slots is not None
-        parts = self._geometry.slots.split([shot.rows for shot in self._geometry.shots])
+        parts = self._geometry.slots.split([p.rows for scene in zip(*self._columns, strict=True) for p in scene])
         return torch.cat(parts[:: len(self._columns)])
 
     def _write(self, new, requests, latents, pool=None) -> None:
@@ -131,7 +138,9 @@ class CachedHistory(_History):
     def _tail(self, new: Sequence[Prompted], guides: Guides) -> Geometry:
         null, alone = ([p.shot for p in branch] if branch else None for branch in (guides.null, guides.alone))
         size = self.cache.shots, self.cache.capacity
-        return self._layout(new).tail(*size, null, self.device, self.sampling.text_scale, alone)
+        return self._layout(new).tail(
+            *size, null, self.device, self.sampling.text_scale, alone, self.model.config.cross
+        )
 
 
 class PooledHistory(CachedHistory):
@@ -152,12 +161,14 @@ class PooledHistory(CachedHistory):
         sampling: Sampling,
         pool_capacity: int,
         impl: str = "auto",
-        pool_device: str | torch.device | None = None,
+        memory: Memory | None = None,
         absolute: bool = False,
     ):
-        super().__init__(model, scenes, capacity, sampling, impl=impl)
-        device = pool_device or self.device
-        self.pool = HistoryPool(model.config, scenes, pool_capacity, self.dtype, device, self.device)
+        memory = memory or Memory()
+        cache = LayeredContext if memory.layered else KVCache
+        super().__init__(model, scenes, capacity, sampling, impl=impl, cache=cache)
+        device = memory.device or self.device
+        self.pool = HistoryPool(model.config, scenes, pool_capacity, self.dtype, device, self.device, memory.fp8)
         self.finished: list[list[Prompted]] = [[] for _ in range(scenes)]
         self.chosen, self.absolute, self._admitted = (), absolute, False
 
@@ -169,6 +180,7 @@ class PooledHistory(CachedHistory):
         if shots:
             chosen = [shots] * len(self.finished)
             layout = SceneLayout([[p.shot for p in scene] for scene in self.shots], offsets=self._offsets())
+            layout = layout.videos if self.model.config.cross else layout
             self.pool.assemble_(self.cache, chosen, layout, self.sampling.text_scale, self.impl)
 
     def _offsets(self, new: Sequence[Prompted] | None = None) -> list[list[float]] | None:
@@ -180,7 +192,7 @@ class PooledHistory(CachedHistory):
         where = []
         for b, finished in enumerate(self.finished):
             everything = [p.shot for p in (*finished, *((new[b],) if new else ()))]
-            origins = SceneLayout([everything]).origins(self.sampling.text_scale)
+            origins = self._placed(SceneLayout([everything]))
             where.append([origins[i] for i in self.chosen] + ([origins[-1]] if new else []))
         return where
 
@@ -192,16 +204,16 @@ class PooledHistory(CachedHistory):
     ) -> None:
         """One pass, over the chosen shots, writes the keys and values into the pool, unless a step's are there."""
         if not self._admitted:
-            slots = self.pool.admit([p.shot.rows for p in new]).to(self.device)
-            self._write(new, requests, latents, self.pool.at(slots))
+            slots = self.pool.admit([p.rows for p in new])
+            self._write(new, requests, latents, self.pool.written(slots))
         self._admitted = False
         for scene, shot in zip(self.finished, new, strict=True):
             scene.append(shot)
 
     def _kept_pool(self):
-        new, *others = ([p.shot.rows for p in column] for column in self._columns)
+        new, *others = ([p.rows for p in column] for column in self._columns)
         slots = self.pool.admit(new, [sum(rows) for rows in zip(*others, strict=True)] if others else None)
-        return self.pool.at(slots.to(self.device))
+        return self.pool.written(slots)
 
     def _keep(self) -> None:
         self._admitted = True
@@ -226,13 +238,13 @@ class RecomputedHistory(_History):
         self._branches = [(column, past) for column, past in named if column is not None]
         prompted, offsets = [], []
         for column, past in self._branches:
-            origins = iter(self._layout(column).origins(self.sampling.text_scale))
+            origins = iter(self._placed(self._layout(column)))
             for scene, p in zip(self.shots, column, strict=True):
                 at = [next(origins) for _ in (*scene, p)]
                 prompted.append([*(scene[i] for i in past), p])
                 offsets.append([*(at[i] for i in past), at[-1]])
         layout = SceneLayout([[p.shot for p in scene] for scene in prompted], self.visibility, offsets)
-        self._geometry = layout.geometry(self.device, self.sampling.text_scale)
+        self._geometry = layout.geometry(self.device, self.sampling.text_scale, self.model.config.cross)
         self._features = self._text([p for scene in prompted for p in scene])
         self._past = [self._as_history(i) for i in everything]
 

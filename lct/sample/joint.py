@@ -40,14 +40,15 @@ def joint(
     like = state(model)
     prompted, null, latents, made, times_given = [], [], [], [], []
     for scene in scenes:
-        cond = [Prompted.global_prompt(model, scene.global_prompt)] if scene.global_prompt is not None else []
+        shared = scene.global_prompt
+        cond = [Prompted.global_prompt(model, shared)] if shared is not None and not model.config.cross else []
         uncond = list(cond)
         latents += [like.new_zeros(1, like.shape[1])] * len(cond)
         made += [False] * len(cond)
         times_given += [0.0] * len(cond)
         for shot in scene.shots:
-            cond.append(Prompted.of(model, shot))
-            uncond.append(cond[-1] if shot.given is not None else Prompted.of(model, shot, ""))
+            cond.append(Prompted.of(model, shot, shared))
+            uncond.append(cond[-1] if shot.given is not None else Prompted.of(model, shot, shared, ""))
             given = shot.given is not None
             times_given.append(sampling.time_of(shot) if given else 1.0)
             clean = clean_latents(shot, model) if given else shot_noise(shot, START, like)
@@ -84,7 +85,7 @@ class _Pass:
         device = model.video_out.weight.device
         offsets = [[0.0] * len(scene) for scene in scenes] if sampling.one_place else None
         layout = SceneLayout([[p.shot for p in scene] for scene in scenes], visibility, offsets)
-        self.geometry = layout.geometry(device, sampling.text_scale)
+        self.geometry = layout.geometry(device, sampling.text_scale, model.config.cross)
         self.text = features(model, [p for scene in scenes for p in scene], device)
         self.model, self.dtype = model, sampling.compute_dtype(model)
 

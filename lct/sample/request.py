@@ -157,26 +157,34 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompted:
-    """A shot of the layout with its tokens."""
+    """A shot of the layout with its tokens; `rows` of it are attended to, and cached."""
 
     shot: Shot
-    ids: list[int]
+    tokens: Tensor
+    rows: int
 
     @classmethod
-    def of(cls, model: MMDiT, request: ShotRequest, prompt: str | None = None) -> Prompted:
-        ids = model.encoder.tokenize(request.prompt if prompt is None else prompt)
-        return cls(Shot(len(ids), request.video), ids)
+    def of(cls, model: MMDiT, request: ShotRequest, shared: str | None = None, prompt: str | None = None) -> Prompted:
+        """The tokens of a shot's prompt, or of `prompt` in its place. With cross-attention those of the scene's global
+        prompt, `shared`, stand before them."""
+        tokens = model.encoder.tokenize(request.prompt if prompt is None else prompt)
+        if model.config.cross and shared is not None:
+            tokens = torch.cat([model.encoder.tokenize(shared), tokens])
+        shot = Shot(len(tokens), request.video)
+        return cls(shot, tokens, shot.video_rows if model.config.cross else shot.rows)
 
     @classmethod
     def global_prompt(cls, model: MMDiT, prompt: str) -> Prompted:
-        ids = model.encoder.tokenize(prompt)
-        return cls(Shot(len(ids), GLOBAL_VIDEO, "global"), ids)
+        """The global prompt as a shot of its own, which it is without cross-attention."""
+        tokens = model.encoder.tokenize(prompt)
+        shot = Shot(len(tokens), GLOBAL_VIDEO, "global")
+        return cls(shot, tokens, shot.rows)
 
 
 def features(model: MMDiT, prompted: Sequence[Prompted], device: torch.device) -> Tensor:
     """Text features of shots in row order, [S_text, text_channels]."""
-    ids, places = pack_tokens([p.ids for p in prompted])
-    return model.encoder(ids.to(device), places.to(device))
+    tokens, places = pack_tokens([p.tokens for p in prompted])
+    return model.encoder(tokens.to(device), places.to(device))
 
 
 def state(model: MMDiT) -> Tensor:

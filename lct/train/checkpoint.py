@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lct.data.atomic import new_file, new_folder
+from lct.model.families import build
+from lct.model.lora import add_lora, merge_lora
 from lct.model.mmdit import MMDiT
+from lct.pretrained.files import is_diffusers, load
 from lct.train.config import TrainConfig
 
 MANIFEST = "manifest.json"
@@ -161,17 +164,46 @@ def available(device: str | torch.device) -> torch.device:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[MMDiT, TrainConfig]:
-    """A model ready to sample from, and the configuration it was trained with; see `load_weights`."""
+    """A model ready to sample from, and the configuration it was trained with; see `load_weights`. Low-rank changes are
+    merged into the weights that they were trained beside."""
     device = available(device)
     weights, config = load_weights(path)
-    model = MMDiT(config.model)
-    assign_weights(model, weights, path)
+    if config.lora:
+        model = starting_model(config, device)
+        assign_weights(trained(model), weights, path)
+        merge_lora(model)
+    else:
+        model = build(config.model)
+        assign_weights(trained(model), weights, path)
     return model.to(device).eval().requires_grad_(False), config
 
 
-def assign_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Copy weights into a model of the same shape; ValueError names what does not fit."""
-    own = model.state_dict()
+def starting_model(config: TrainConfig, device: str | torch.device = "cpu") -> MMDiT:
+    """The model as the first step of a run finds it: new, or with the weights of `init`, and low-rank changes where it
+    trains those. Weights that are trained are fp32."""
+    init = config.init
+    if init is not None and is_diffusers(init):
+        model = load(init, device, None if config.lora else torch.float32).train().requires_grad_(True)
+    elif init is not None and config.lora:
+        model = load_model(init, device)[0].train()
+    else:
+        torch.manual_seed(config.seed)
+        model = build(config.model).to(device)
+        if init is not None:
+            assign_weights(trained(model), load_weights(init)[0], init)
+    if config.lora:
+        add_lora(model, config.lora, seed=config.seed)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def assign_weights(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
+    """Copy weights into those of a model of the same shape; ValueError names what does not fit."""
     for name in own.keys() ^ weights.keys():
         what = "is not in the model" if name in weights else "is missing"
         raise ValueError(f"{source}: weight {name} {what}; the file belongs to another model configuration")
@@ -179,7 +211,8 @@ def assign_weights(model: nn.Module, weights: dict[str, Tensor], source: str | P
         if weight.shape != own[name].shape:
             expected, got = tuple(own[name].shape), tuple(weight.shape)
             raise ValueError(f"{source}: weight {name}: expected shape {expected}, got {got}; another configuration")
-    model.load_state_dict({name: weight.to(own[name].dtype) for name, weight in weights.items()})
+    for name, weight in weights.items():
+        own[name].copy_(weight)
 
 
 def _digest(body: dict) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lct.layout import VISIBILITIES
-from lct.model.config import COMPUTE_DTYPES, ModelConfig
+from lct.model.config import COMPUTE_DTYPES, FAMILIES, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,12 @@ class TrainConfig:
     """One time for all shots of a scene instead of one for each (§ 3.2.3), to see what is lost by it."""
     one_place: bool = False
     """All shots of a scene at the same positions instead of one behind the other (§ 3.2.2), to see what is lost."""
+    text_scale_start: float | None = None
+    """λ at the first step, from which it goes evenly to `text_scale` over `text_scale_steps`; None: no such way. From 0
+    it begins exactly as a model that does not rotate text."""
+    text_scale_steps: int = 0
+    lora: int = 0
+    """Rank of low-rank changes that alone are trained, beside the frozen weights of `init`; 0 trains all weights."""
 
     def __post_init__(self):
         if self.visibility not in VISIBILITIES:
@@ -85,6 +91,13 @@ class TrainConfig:
         if self.steps < 1 or self.scenes < 1 or self.save_every < 1:
             raise ValueError(
                 f"steps, scenes, save_every: expected at least 1, got {self.steps}, {self.scenes}, {self.save_every}"
+            )
+        if self.lora < 0 or (self.lora and self.init is None):
+            raise ValueError(f"lora: expected 0, or a rank beside the weights of init, got {self.lora} and {self.init}")
+        if (self.text_scale_start is None) != (self.text_scale_steps == 0) or self.text_scale_steps < 0:
+            raise ValueError(
+                "text_scale_start, text_scale_steps: expected both or neither, "
+                f"got {self.text_scale_start} and {self.text_scale_steps}"
             )
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(f"compute_dtype: expected one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}")
@@ -104,6 +117,12 @@ class TrainConfig:
         if min(data.mixture.values()) < 0 or sum(data.mixture.values()) <= 0:
             raise ValueError(f"data: expected shares of at least 0 and one above it, got {data.mixture}")
 
+    def text_scale_at(self, step: int) -> float:
+        """λ of the positions in a step."""
+        if self.text_scale_start is None or step >= self.text_scale_steps:
+            return self.text_scale
+        return self.text_scale_start + (self.text_scale - self.text_scale_start) * step / self.text_scale_steps
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of `dataclasses.asdict` after a way through JSON; ValueError names what does not fit."""
@@ -112,7 +131,8 @@ class TrainConfig:
             return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
 
         try:
-            nested = {"model": build(ModelConfig, values["model"]), "data": build(DataConfig, values["data"])}
+            family = FAMILIES[values["model"].get("family", ModelConfig.family)]
+            nested = {"model": build(family, values["model"]), "data": build(DataConfig, values["data"])}
             return build(cls, values | nested)
         except (KeyError, TypeError) as error:
             raise ValueError(f"config: not a training configuration of this version ({error})") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lct.model.config import lct_3b, micro, tiny
+from lct.model.config import hunyuan15, lct_3b, micro, tiny, wan_5b
 from lct.train.config import DataConfig, TrainConfig
 
 PRETRAINED = "asset:tiny_pretrained"
@@ -184,12 +184,60 @@ def paper_lct_causal() -> TrainConfig:
     )
 
 
+def hunyuan15_lct() -> TrainConfig:
+    """HunyuanVideo-1.5 tuned on scenes, its text brought to the paper's positions on the way: low-rank changes."""
+    return replace(
+        paper_lct(),
+        name="hunyuan15_lct",
+        model=hunyuan15(),
+        data=replace(paper_lct().data, source="encoded"),
+        init="HunyuanVideo-1.5",
+        lora=64,
+        text_scale_start=0.0,
+        text_scale_steps=1_000,
+        steps=10_000,
+        scenes=8,
+        lr=1e-4,
+        warmup=100,
+        ema=0.999,
+        shift=5.0,
+        save_every=500,
+    )
+
+
+def hunyuan15_lct_causal() -> TrainConfig:
+    """The same tuned further with context-causal attention, for generation over a cache."""
+    stage = hunyuan15_lct()
+    return replace(
+        stage,
+        name="hunyuan15_lct_causal",
+        init="runs/hunyuan15_lct",
+        visibility="context_causal",
+        text_scale_start=None,
+        text_scale_steps=0,
+        steps=1_000,
+    )
+
+
+def wan5b_lct() -> TrainConfig:
+    """Wan 2.2 TI2V 5B tuned on scenes, context-causal from the start: its text has no positions that would change."""
+    return replace(
+        hunyuan15_lct(),
+        name="wan5b_lct",
+        model=wan_5b(),
+        init="Wan2.2-TI2V-5B",
+        visibility="context_causal",
+        text_scale_start=None,
+        text_scale_steps=0,
+    )
+
+
 RUNS: dict[str, Callable[[], TrainConfig]] = {
     run.__name__: run
     for run in (
         *(tiny_pretrain, tiny_text_rope, tiny_lct, tiny_causal),
         *(micro_pretrain, micro_text_rope, micro_lct, micro_causal),
-        *(film, paper_lct, paper_lct_causal),
+        *(film, paper_lct, paper_lct_causal, hunyuan15_lct, hunyuan15_lct_causal, wan5b_lct),
     )
 }
 

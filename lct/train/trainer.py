@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lct.data.atomic import new_file
@@ -19,14 +20,19 @@ from lct.data.folder import SceneFolder
 from lct.data.toy import ToyScenes
 from lct.model.flow import logit_normal, noised, shift_time, shot_losses, shot_shift
 from lct.model.mmdit import MMDiT
+from lct.model.text import Finished
+from lct.pretrained.features import FeatureTable, prompts_of
+from lct.pretrained.files import is_diffusers
+from lct.pretrained.files import load_config as diffusers_config
 from lct.train.checkpoint import (
     assign_weights,
     available,
     checkpoints,
     latest,
     load_config,
-    load_weights,
     save_checkpoint,
+    starting_model,
+    trained,
     verify,
 )
 from lct.train.config import TrainConfig
@@ -66,12 +72,12 @@ def batch_loss(model: MMDiT, batch: Batch, times: Tensor, text_scale: float, dty
     times  fp32 [N], t of every shot; global prompts are noiseless, have t = 0 and no loss.
     """
     device = model.video_in.weight.device
-    geometry = batch.layout.geometry(device, text_scale)
+    geometry = batch.layout.geometry(device, text_scale, model.config.cross)
     is_shot = batch.is_shot.to(device)
     times = torch.where(is_shot, times.to(device), 0.0)
     shot = geometry.streams.video_shot
     flow = noised(batch.latents.to(device), batch.noise.to(device), times[shot])
-    text = model.encoder(batch.ids.to(device), batch.places.to(device))
+    text = model.encoder(batch.tokens.to(device), batch.places.to(device))
     velocity = model(flow.z_t.to(dtype), text, times, geometry, impl=impl)
     losses = shot_losses(velocity, flow.target, shot, len(times))
     has_loss = is_shot & (torch.bincount(shot, minlength=len(times)) > 0)
@@ -85,17 +91,23 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, out: str | Path, device: str = "cpu", impl: str = "auto"):
-        if not config.model.vocabulary:
-            raise ValueError(f"run {config.name}: its text features come from outside, and no encoder is wired in yet")
+        if config.init is not None and is_diffusers(config.init):
+            config = replace(config, model=diffusers_config(config.init))
         self.config, self.out, self.device, self.impl = config, Path(out), available(device), impl
         self.dataset = dataset(config)
-        torch.manual_seed(config.seed)
-        self.model = MMDiT(config.model).to(device)
-        if config.init is not None and not checkpoints(self.out):
-            assign_weights(self.model, load_weights(config.init)[0], config.init)
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        encoder = None if config.model.vocabulary else _features(config, self.dataset)
+        resumed = checkpoints(self.out) and not config.lora  # which need the weights that they were trained beside
+        self.model = starting_model(replace(config, init=None) if resumed else config, device)
+        if encoder is not None:
+            self.model.text_encoder = encoder
+        self.trained = trained(self.model)
+        self.named = nn.ParameterDict({_attribute(name): weight for name, weight in self.trained.items()})
+        self.ema = AveragedModel(self.named, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.averages: dict[str, Tensor] = {
+            name: self.ema.module.get_parameter(_attribute(name)) for name in self.trained
+        }
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            self.trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.step = 0
 
@@ -111,6 +123,7 @@ class Trainer:
         return draw_batch(
             self.dataset, self.model.encoder.tokenize, c.model.patch, c.visibility, c.data.mixture,
             c.data.image_probability, c.data.drop_probability, c.scenes, c.seed, step, c.shared_time, c.one_place,
+            c.model.cross,
         )  # fmt: skip
 
     def train_step(self) -> StepRecord:
@@ -121,14 +134,15 @@ class Trainer:
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = batch_loss(self.model, batch, times, c.text_scale, getattr(torch, c.compute_dtype), self.impl)
+        scale = c.text_scale_at(self.step)
+        loss = batch_loss(self.model, batch, times, scale, getattr(torch, c.compute_dtype), self.impl)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), c.clip)
         if not math.isfinite(norm.item()):
             raise FloatingPointError(f"step {self.step}: gradient norm {norm.item()}; nothing was updated or saved")
         self.optimizer.step()
-        self.ema.update_parameters(self.model)
+        self.ema.update_parameters(self.named)
         self.step += 1
         seconds = time.perf_counter() - began
         flops = self.model.training_flops(batch.layout)
@@ -155,17 +169,23 @@ class Trainer:
                 self.save()
         return latest(self.out)
 
+    def averaged(self) -> MMDiT:
+        """A copy of the model with the moving average of its weights."""
+        model = copy.deepcopy(self.model)
+        assign_weights(trained(model), self.averages, self.out)
+        return model.eval().requires_grad_(False)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        names = {id(p): name for name, p in self.trained.items()}
         state = {
             f"{names[id(p)]}.{key}": value
             for p, values in self.optimizer.state.items()
             for key, value in values.items()
         }
         ema = {"n_averaged": self.ema.n_averaged}
-        tensors = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict(), "optimizer": state | ema}
+        tensors = {"model": self.trained, "ema": self.averages, "optimizer": state | ema}
         return save_checkpoint(self.out, self.step, tensors, self.config)
 
     def resume(self) -> bool:
@@ -177,11 +197,11 @@ class Trainer:
         folder = latest(self.out)
         manifest = verify(folder)
         _check_same(load_config(folder), self.config, folder)
-        assign_weights(self.model, load_file(folder / "model.safetensors"), folder)
-        assign_weights(self.ema.module, load_file(folder / "ema.safetensors"), folder)
+        assign_weights(self.trained, load_file(folder / "model.safetensors"), folder)
+        assign_weights(self.averages, load_file(folder / "ema.safetensors"), folder)
         state = load_file(folder / "optimizer.safetensors")
         self.ema.n_averaged.copy_(state.pop("n_averaged"))
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.trained.items():
             self.optimizer.state[parameter] = {
                 key: state[f"{name}.{key}"].to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
@@ -190,6 +210,26 @@ class Trainer:
         self.step = manifest["step"]
         _trim_log(log, self.step)
         return True
+
+
+def _features(config: TrainConfig, scenes: Dataset) -> Finished:
+    """What was encoded of a folder's prompts; ValueError where a prompt is missing, or another model's."""
+    if not isinstance(scenes, SceneFolder):
+        raise ValueError(f"run {config.name}: its text features come from outside; name a folder of lct encode as data")
+    table = FeatureTable(config.data.source)
+    table.check(["", *(prompt for scene in scenes.scenes for prompt in prompts_of(scene))])
+    width = table.tokenize("").shape[1]
+    if width != config.model.text_row_channels:
+        raise ValueError(
+            f"{config.data.source}: expected text features of {config.model.text_row_channels} channels, got {width}; "
+            "encode it with this model's pipeline"
+        )
+    return Finished(table.tokenize)
+
+
+def _attribute(name: str) -> str:
+    """A weight's name without the dots that torch keeps for modules."""
+    return name.replace(".", "/")
 
 
 def _check_same(saved: TrainConfig, current: TrainConfig, folder: Path) -> None:

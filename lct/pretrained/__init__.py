@@ -1,0 +1,1 @@
+"""Models that others trained: diffusers' files in and out, VAEs and text encoders, LoRA, attention for pipelines."""

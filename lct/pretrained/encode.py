@@ -1,0 +1,109 @@
+"""Ingested scenes to what a large model trains on: VAE latents and text features, scene by scene (§ 3.2.1, § 4).
+
+A scene that is finished is skipped, so that encoding goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from lct.data.atomic import new_folder
+from lct.data.folder import scene_folders
+from lct.data.ingest import ShotFrames, encode_shots, shot_frames
+from lct.data.scenefile import SceneFile, ShotEntry, read_scene, write_scene
+from lct.data.video import film_fps, video_package
+from lct.pretrained.features import TEXT, prompts_of, write_features
+from lct.pretrained.pipeline import Pipeline
+from lct.progress import counting
+
+
+def encode(
+    scenes: Path,
+    pipeline: Pipeline,
+    films: Path,
+    out: Path,
+    side: int = 480,
+    fps: float = 24.0,
+    max_frames: int = 121,
+) -> list[Path]:
+    """Encode every scene under `scenes` into `out`, under the same names; returns the folders that were written.
+
+    films       folder that holds the films which the scenes name
+    side        frames get the area side · side in pixels, with the film's aspect ratio (§ 4: 480)
+    fps         frames per second that latents show; at most the film's
+    max_frames  most frames of a shot; fewer by up to time_stride − 1, so that the VAE's stride in time divides them
+
+    Each folder holds the scene file with its prompts, `shot-N.video` and `shot-N.images`, and `text.safetensors`; the
+    null prompt lies in `out`. ValueError or FileNotFoundError, before anything is encoded, for a film that is missing
+    and for scenes that no film was cut into.
+    """
+    video_package("av")
+    read = {folder: read_scene(folder) for folder in scene_folders(scenes)}
+    for folder, scene in read.items():
+        if scene.source is None or any(shot.frames is None for shot in scene.shots):
+            raise ValueError(f"{folder}: expected a scene that lct ingest cut from a film, got one without frames")
+        if not (films / scene.source).is_file():
+            raise FileNotFoundError(f"{films / scene.source}: no such film, though {folder} was cut from it")
+    left = {f: s for f, s in read.items() if not (out / f.relative_to(scenes) / TEXT).is_file()}
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / TEXT).is_file():
+        write_features(out / TEXT, {"": pipeline.encode([""])[0]})
+    written = []
+    with counting("encode", len(read), len(read) - len(left)) as advance:
+        for group in _passes(left):
+            film = films / str(left[group[0]].source)
+            step = _step(film, fps)
+            codec = pipeline.codec
+            plans = {
+                f: [shot_frames(_span(s), step, max_frames, codec.time_stride) for s in left[f].shots] for f in group
+            }
+            multiple = codec.stride * max(pipeline.config.patch[1:])
+            media = encode_shots(film, [plan for f in group for plan in plans[f]], codec, side, multiple)
+            for folder in group:
+                target = out / folder.relative_to(scenes)
+                _write(target, left[folder], plans[folder], media, pipeline, fps)
+                written.append(target)
+                advance(str(folder.relative_to(scenes)))
+    return written
+
+
+def _write(target: Path, scene: SceneFile, plans: list[ShotFrames], media: Iterator, pipeline: Pipeline, fps: float):
+    latents, entries = {}, []
+    for i, shot in enumerate(scene.shots):
+        plan, video, images = next(media)
+        latents |= {f"shot-{i}.video": video, f"shot-{i}.images": images}
+        entries.append(replace(shot, size=video.shape[:3], media=f"shot-{i}", frames=plan.span))
+    prompts = prompts_of(scene)
+    with new_folder(target) as temporary:
+        encoded = replace(scene, shots=tuple(entries), fps=fps, codec=pipeline.codec.name)
+        write_scene(temporary, encoded, latents)
+        write_features(temporary / TEXT, dict(zip(prompts, pipeline.encode(prompts), strict=True)))
+
+
+def _passes(scenes: dict[Path, SceneFile]) -> list[list[Path]]:
+    """Groups of scenes of one film, one behind the other in it, so that each group decodes it once."""
+    groups: list[tuple[str, int, list[Path]]] = []
+    for folder, scene in sorted(scenes.items(), key=lambda item: (item[1].source, item[1].shots[0].frames, item[0])):
+        first, last = _span(scene.shots[0])[0], _span(scene.shots[-1])[1]
+        for i, (source, end, group) in enumerate(groups):
+            if source == scene.source and end <= first:
+                groups[i] = (source, last, [*group, folder])
+                break
+        else:
+            groups.append((str(scene.source), last, [folder]))
+    return [group for _, _, group in groups]
+
+
+def _span(shot: ShotEntry) -> tuple[int, int]:
+    assert shot.frames is not None  # checked before anything is encoded
+    return shot.frames
+
+
+def _step(film: Path, fps: float) -> float:
+    """Frames of the film per frame that latents show."""
+    own = film_fps(film)
+    if fps > own:
+        raise ValueError(f"fps: expected at most the {own:g} frames per second of {film}, got {fps:g}; lower it")
+    return own / fps

@@ -1,0 +1,77 @@
+"""Finished text features on disk: a safetensors file a scene, rows by the hash of their prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lct.data.atomic import new_file
+from lct.data.scenefile import SceneFile
+from lct.data.scenes import shot_prompt
+
+TEXT = "text.safetensors"
+
+
+def prompts_of(scene: SceneFile) -> list[str]:
+    """Every prompt that training may ask of a scene: the global one, its shots' with and without the mark of a cut."""
+    asked = [shot_prompt(shot.prompt, cut) for shot in scene.shots for cut in (shot.cut, False)]
+    shared = [] if scene.global_prompt is None else [scene.global_prompt.text()]
+    return list(dict.fromkeys([*asked, *shared]))
+
+
+def write_features(file: Path, features: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Rows of prompts, in half precision by default."""
+    with new_file(file) as temporary:
+        save_file({_name(prompt): rows.to(dtype).contiguous() for prompt, rows in features.items()}, temporary)
+        temporary.chmod(0o644)
+
+
+class FeatureTable:
+    """Rows of every prompt that was encoded under a folder; a file is read when one of its prompts is asked for.
+
+    Raises FileNotFoundError where there are none, ValueError, with the file's name, for damaged ones.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self._files: dict[str, Path] = {}
+        for file in sorted(self.root.rglob(TEXT)):
+            self._files |= dict.fromkeys(_names(file), file)
+        if not self._files:
+            raise FileNotFoundError(f"{self.root}: expected {TEXT} of encoded scenes, found none; run lct encode first")
+        self.tokenize = lru_cache(maxsize=4096)(self._read)
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """ValueError where a prompt was not encoded; before any training."""
+        for prompt in prompts:
+            self._file(prompt)
+
+    def _file(self, prompt: str) -> Path:
+        file = self._files.get(_name(prompt))
+        if file is None:
+            raise ValueError(f"{self.root}: the prompt {prompt[:60]!r} was not encoded; run lct encode again")
+        return file
+
+    def _read(self, prompt: str) -> Tensor:
+        """float32 [L, C]."""
+        with safe_open(self._file(prompt), "pt") as file:
+            return file.get_tensor(_name(prompt)).float()
+
+
+def _name(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:32]
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as content:
+            return list(content.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: damaged or cut off ({error}); delete its scene and run lct encode again") from None

@@ -1,0 +1,225 @@
+"""From a film to a tuned model and back to diffusers, with tiny random pipelines: the guide's steps, one by one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from film import fetch_film
+from safetensors.torch import load_file
+
+from lct.cli import main
+from lct.data.ingest import ingest
+from lct.data.scenefile import read_scene, rewrite_scene
+from lct.data.video import read_video
+from lct.pretrained import encode as encoding
+from lct.pretrained import files
+from lct.pretrained.encode import encode
+from lct.pretrained.features import TEXT, FeatureTable, prompts_of
+from lct.train.checkpoint import load_model
+from lct.train.runs import run
+from lct.train.trainer import Trainer
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("av")
+pytest.importorskip("scenedetect")
+
+import pipelines
+
+from lct.pretrained.pipeline import Pipeline
+
+NAMES = ("hunyuan15", "wan")
+FPS, FRAMES = 6.0, 9
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: getattr(pipelines, name)(root / name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Two scenes of the film, their prompts written."""
+    root = tmp_path_factory.mktemp("ingested") / "scenes"
+    try:
+        path = fetch_film()
+    except OSError as error:
+        pytest.skip(f"the film could not be fetched: {error}")
+    ingest(path, root, side=64, stride=8, patch=2, fps=FPS, max_frames=FRAMES)
+    for folder in sorted(root.iterdir())[2:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    for folder in root.iterdir():
+        scene = read_scene(folder)
+        shots = tuple(replace(shot, prompt=f"a shot of something, {i}") for i, shot in enumerate(scene.shots))
+        rewrite_scene(
+            folder, replace(scene, shots=shots, global_prompt=replace(scene.global_prompt, environment="sea"))
+        )
+    return root, path.parent
+
+
+@pytest.fixture(scope="module")
+def encoded(folders, scenes, tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoded")
+    for name in NAMES:
+        encode(scenes[0], Pipeline(folders[name]), scenes[1], root / name, 64, FPS, FRAMES)
+    return lambda name: root / name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scenes_are_encoded_whole(name, encoded, folders, scenes):
+    pipeline = Pipeline(folders[name])
+    table = FeatureTable(encoded(name))
+    for folder in sorted(scenes[0].iterdir()):
+        before, after = read_scene(folder), read_scene(encoded(name) / folder.name)
+        assert [s.prompt for s in after.shots] == [
+            s.prompt for s in before.shots
+        ] and after.codec == pipeline.codec.name
+        latents = load_file(encoded(name) / folder.name / "latents.safetensors")
+        for shot in after.shots:
+            t, h, w = shot.size
+            assert (t - 1) * pipeline.codec.time_stride + 1 <= FRAMES and not h % pipeline.config.patch[1]
+            assert latents[f"{shot.media}.video"].shape == (*shot.size, pipeline.codec.channels)
+            assert latents[f"{shot.media}.images"].shape[1:] == (h, w, pipeline.codec.channels)
+        for prompt in ["", *prompts_of(before)]:
+            rows = table.tokenize(prompt)
+            assert rows.shape[1] == pipeline.config.text_row_channels
+            assert torch.allclose(rows, pipeline.tokenize(prompt), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match="was not encoded"):
+        table.tokenize("another prompt")
+
+
+def test_latents_are_the_films(encoded, folders, scenes):
+    """The first shot's first frame, decoded from the film and encoded here, is the first latent frame of both kinds."""
+    name, codec = "wan", Pipeline(folders["wan"]).codec
+    folder = sorted(scenes[0].iterdir())[0]
+    shot = read_scene(encoded(name) / folder.name).shots[0]
+    frames = read_video(scenes[1] / read_scene(folder).source, resize=lambda h, w: (shot.size[1] * 8, shot.size[2] * 8))
+    first = codec.encode_images(frames.frames[shot.frames[0]][None])[0]
+    video = load_file(encoded(name) / folder.name / "latents.safetensors")["shot-0.video"]
+    assert torch.allclose(video[0], first, atol=1e-4)
+
+
+def test_encoding_goes_on_where_it_stopped(folders, scenes, tmp_path, monkeypatch):
+    pipeline, out = Pipeline(folders["wan"]), tmp_path / "encoded"
+    write, count = encoding.write_scene, []
+
+    def broken(*arguments):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError("the disk is full")
+        write(*arguments)
+
+    monkeypatch.setattr(encoding, "write_scene", broken)
+    with pytest.raises(OSError, match="full"):
+        encode(scenes[0], pipeline, scenes[1], out, 64, FPS, FRAMES)
+    whole = [path.name for path in out.iterdir() if path.is_dir()]
+    assert len(whole) == 1
+    stamp = (out / whole[0] / TEXT).stat().st_mtime_ns
+    written = encode(scenes[0], pipeline, scenes[1], out, 64, FPS, FRAMES)
+    assert len(written) == 1 and (out / whole[0] / TEXT).stat().st_mtime_ns == stamp
+    assert encode(scenes[0], pipeline, scenes[1], out, 64, FPS, FRAMES) == []
+
+
+def test_what_cannot_be_encoded_is_told_first(folders, scenes, tmp_path):
+    pipeline = Pipeline(folders["wan"])
+    with pytest.raises(FileNotFoundError, match="no such film"):
+        encode(scenes[0], pipeline, tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="fps: expected at most"):
+        encode(scenes[0], pipeline, scenes[1], tmp_path / "out", fps=1000.0)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
+        Pipeline(tmp_path)
+
+
+def tuned(name, stage, folder, source, steps=20, **changes):
+    base = run(stage)
+    kinds = {"single": 0.5, "cut": 0.5, "no_cut": 0.0}
+    data = replace(base.data, source=str(source), shots=3, **kinds)
+    config = replace(
+        base, data=data, init=str(folder), steps=steps, scenes=2, warmup=2, save_every=10, lr=3e-3,
+        compute_dtype="float32", **changes,
+    )  # fmt: skip
+    return config
+
+
+@pytest.mark.parametrize(("name", "stage"), [("hunyuan15", "hunyuan15_lct"), ("wan", "wan5b_lct")])
+def test_the_guide(name, stage, folders, encoded, tmp_path, capsys):
+    """Tune low-rank changes for twenty steps, resume, generate a shot, decode it to mp4, and hand it to diffusers."""
+    annealed = {"text_scale_steps": 10} if name == "hunyuan15" else {}
+    config = tuned(name, stage, folders[name], encoded(name), lora=4, **annealed)
+    trainer = Trainer(config, tmp_path / "run")
+    assert all("down" in n or "up" in n for n in trainer.trained)
+    trainer.run()
+    losses = [eval(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 20 and np.isfinite(losses).all()
+    checkpoint = tmp_path / "run" / "step-0000020"
+    assert (checkpoint / "ema.safetensors").stat().st_size < 400_000  # low-rank changes alone
+    again = Trainer(config, tmp_path / "run")
+    assert again.resume() and again.step == 20
+    assert all(torch.equal(a, b) for a, b in zip(again.trained.values(), trainer.trained.values(), strict=True))
+
+    scene = tmp_path / "scene"
+    scene.mkdir()
+    size = [3, 8, 8]
+    (scene / "scene.toml").write_text(
+        f'[global]\nenvironment = "sea"\n[[shot]]\nprompt = "a boat"\ncut = true\nsize = {size}\n'
+        f'[[shot]]\nprompt = "a gull"\ncut = true\nsize = {size}\n'
+    )
+    command = [
+        "sample",
+        str(scene),
+        "--weights",
+        str(tmp_path / "run"),
+        "--pipeline",
+        str(folders[name]),
+        "--steps",
+        "2",
+    ]
+    assert main([*command, "--out", str(tmp_path / "made"), "--fps", "8"]) == 0
+    codec = Pipeline(folders[name]).codec
+    shown = read_video(tmp_path / "made" / "shot-1.mp4")
+    frames = 1 + (size[0] - 1) * codec.time_stride
+    assert shown.frames.shape == (frames, size[1] * codec.stride, size[2] * codec.stride, 3)
+
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "transformer"), "--dtype", "float32"]) == 0
+    import diffusers
+
+    kind = type(diffusers.DiffusionPipeline.from_pretrained(folders[name]).transformer)
+    exported = kind.from_pretrained(tmp_path / "transformer")
+    model, _ = load_model(tmp_path / "run")
+    reloaded = files.load(tmp_path / "transformer")
+    assert all(torch.equal(w, reloaded.state_dict()[key]) for key, w in model.state_dict().items())
+    before = kind.from_pretrained(folders[name], subfolder="transformer").state_dict()
+    changed = {key for key, w in exported.state_dict().items() if not torch.equal(w, before[key])}
+    assert changed and all("attn" in key for key in changed)
+
+
+def test_all_weights_can_be_tuned_and_tuned_further(folders, encoded, tmp_path):
+    """Full tuning, then the causal stage from it with low-rank changes."""
+    first = replace(tuned("hunyuan15", "hunyuan15_lct", folders["hunyuan15"], encoded("hunyuan15"), 2), lora=0)
+    first = replace(first, text_scale_start=None, text_scale_steps=0)
+    Trainer(first, tmp_path / "first").run()
+    second = tuned("hunyuan15", "hunyuan15_lct_causal", tmp_path / "first", encoded("hunyuan15"), 2, lora=2)
+    trainer = Trainer(replace(second, model=load_model(tmp_path / "first")[0].config), tmp_path / "second")
+    trainer.run()
+    model, config = load_model(tmp_path / "second")
+    assert config.visibility == "context_causal" and model.config.family == "hunyuan"
+    base = load_model(tmp_path / "first")[0]
+    changed = {n for n, w in model.state_dict().items() if not torch.equal(w, base.state_dict()[n])}
+    assert changed and all(n.startswith("blocks.") for n in changed)
+
+
+def test_another_models_features_are_refused(folders, encoded, tmp_path):
+    config = tuned("wan", "hunyuan15_lct", folders["hunyuan15"], encoded("wan"))
+    with pytest.raises(ValueError, match="text features of"):
+        Trainer(replace(config, data=replace(config.data, single=1.0, cut=0.0)), tmp_path)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / TEXT).write_bytes(b"0123456789")
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        FeatureTable(damaged)
+    with pytest.raises(FileNotFoundError, match="lct encode"):
+        FeatureTable(tmp_path / "nothing")

@@ -131,10 +131,14 @@ def sample(
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
     target, codec = out or folder.with_name(f"{folder.name}-sample"), None
     if pipeline is not None:
+        import torch
+
         from lct.model.text import Finished
         from lct.pretrained.pipeline import Pipeline
 
-        parts = Pipeline(pipeline, device)
+        parts = Pipeline(pipeline, device, getattr(torch, dtype or "float32"))
+        if parts.config.text_row_channels != model.config.text_row_channels:
+            raise ValueError(f"pipeline: expected the one that {weights} was tuned from, got {pipeline}")
         model.text_encoder, codec = Finished(parts.tokenize), parts.codec
     print(
         sample_scene(

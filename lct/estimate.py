@@ -96,7 +96,11 @@ def print_estimate(name: str, layout: SceneLayout, tflops: float, lora: int = 0)
         ("trained", what),
         ("training state", f"{_bytes(e['training state'])}: {state}"),
         ("activations", f"{_bytes(e['activations'])} in bf16, where blocks are recomputed one at a time"),
-        ("fits", ", ".join(f"{card}: {'yes' if fit else 'no'}" for card, fit in fits.items()) + "; weights sharded"),
+        (
+            "fits",
+            ", ".join(f"{card}: {'yes' if fit else 'no'}" for card, fit in fits.items())
+            + "; sharded and recomputed, which the trainer does not do yet",
+        ),
     ):
         table.add_row(key, value)
     Console().print(table)

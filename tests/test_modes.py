@@ -154,7 +154,7 @@ def test_chosen_shots_at_their_own_places_are_the_whole_scene():
     last = [[], [0], [0]]
     compact, absolute = (autoregressive(model, scenes, Sampling(steps=2), chosen=last, absolute=a) for a in (0, 1))
     assert worst([s[2:] for s in compact], [s[2:] for s in absolute]) > 1e-6
-    with pytest.raises(ValueError, match="go with chosen shots"):
+    with pytest.raises(ValueError, match="goes with chosen shots"):
         autoregressive(model, scenes, Sampling(steps=2), absolute=True)
 
 

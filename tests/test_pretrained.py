@@ -1,5 +1,6 @@
 """From a film to a tuned model and back to diffusers, with tiny random pipelines: the guide's steps, one by one."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -136,6 +137,8 @@ def test_what_cannot_be_encoded_is_told_first(folders, scenes, tmp_path):
 
 def tuned(name, stage, folder, source, steps=20, **changes):
     base = run(stage)
+    if base.text_scale_steps:
+        changes = {"text_scale_steps": steps // 2} | changes
     kinds = {"single": 0.5, "cut": 0.5, "no_cut": 0.0}
     data = replace(base.data, source=str(source), shots=3, **kinds)
     config = replace(
@@ -148,12 +151,11 @@ def tuned(name, stage, folder, source, steps=20, **changes):
 @pytest.mark.parametrize(("name", "stage"), [("hunyuan15", "hunyuan15_lct"), ("wan", "wan5b_lct")])
 def test_the_guide(name, stage, folders, encoded, tmp_path, capsys):
     """Tune low-rank changes for twenty steps, resume, generate a shot, decode it to mp4, and hand it to diffusers."""
-    annealed = {"text_scale_steps": 10} if name == "hunyuan15" else {}
-    config = tuned(name, stage, folders[name], encoded(name), lora=4, **annealed)
+    config = tuned(name, stage, folders[name], encoded(name), lora=4)
     trainer = Trainer(config, tmp_path / "run")
     assert all("down" in n or "up" in n for n in trainer.trained)
     trainer.run()
-    losses = [eval(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 20 and np.isfinite(losses).all()
     checkpoint = tmp_path / "run" / "step-0000020"
     assert (checkpoint / "ema.safetensors").stat().st_size < 400_000  # low-rank changes alone
@@ -203,13 +205,47 @@ def test_all_weights_can_be_tuned_and_tuned_further(folders, encoded, tmp_path):
     first = replace(first, text_scale_start=None, text_scale_steps=0)
     Trainer(first, tmp_path / "first").run()
     second = tuned("hunyuan15", "hunyuan15_lct_causal", tmp_path / "first", encoded("hunyuan15"), 2, lora=2)
-    trainer = Trainer(replace(second, model=load_model(tmp_path / "first")[0].config), tmp_path / "second")
-    trainer.run()
+    Trainer(second, tmp_path / "second").run()
     model, config = load_model(tmp_path / "second")
     assert config.visibility == "context_causal" and model.config.family == "hunyuan"
     base = load_model(tmp_path / "first")[0]
     changed = {n for n, w in model.state_dict().items() if not torch.equal(w, base.state_dict()[n])}
     assert changed and all(n.startswith("blocks.") for n in changed)
+    # and all weights from there on, the low-rank changes merged
+    third = Trainer(replace(second, init=str(tmp_path / "second"), lora=0), tmp_path / "third")
+    assert all(torch.equal(w, model.state_dict()[n]) for n, w in third.trained.items()) and len(third.trained) > 50
+    third.train_step()
+    assert model.config.others == base.config.others != "{}"
+
+
+def test_weights_on_the_way_are_used_at_the_positions_they_have_come_to(folders, encoded, tmp_path):
+    config = tuned(
+        "hunyuan15", "hunyuan15_lct", folders["hunyuan15"], encoded("hunyuan15"), 20, lora=2, text_scale_steps=20
+    )
+    trainer = Trainer(config, tmp_path / "run")
+    while trainer.step < 10:
+        trainer.train_step()
+    trainer.save()
+    assert load_model(tmp_path / "run")[1].text_scale == 0.5
+    with pytest.raises(ValueError, match="text_scale_steps: expected at most 10"):
+        replace(config, steps=10)
+
+
+def test_half_precision_beside_frozen_weights(folders, encoded, tmp_path):
+    """As on a GPU: bf16 weights and streams, fp32 changes."""
+    model = files.load(folders["wan"], dtype=torch.bfloat16)
+    files.save(model, tmp_path / "half")
+    config = tuned("wan", "wan5b_lct", tmp_path / "half", encoded("wan"), 2, lora=2)
+    trainer = Trainer(replace(config, compute_dtype="bfloat16"), tmp_path / "run")
+    assert trainer.model.video_in.weight.dtype == torch.bfloat16
+    assert {w.dtype for w in trainer.trained.values()} == {torch.float32}
+    trainer.run()
+    assert np.isfinite([w.abs().max().item() for w in trainer.trained.values()]).all()
+
+
+def test_another_pipelines_scenes_are_not_taken_for_finished(folders, scenes, encoded):
+    with pytest.raises(ValueError, match="another pipeline"):
+        encode(scenes[0], Pipeline(folders["hunyuan15"]), scenes[1], encoded("wan"), 64, FPS, FRAMES)
 
 
 def test_another_models_features_are_refused(folders, encoded, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lct.model.layers import Linear
 
@@ -44,11 +44,6 @@ def merge_lora(model: nn.Module) -> None:
                 wide = layer.weight.to(layer.up.dtype) + layer.up @ layer.down
                 layer.weight.copy_(wide.to(layer.weight.dtype))
                 layer.down = layer.up = None
-
-
-def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """The low-rank changes alone, by name."""
-    return {name: x for name, x in model.state_dict().items() if name.split(".")[-1] in ("down", "up")}
 
 
 def _products(model: nn.Module) -> Iterator[tuple[str, Linear]]:

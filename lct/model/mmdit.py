@@ -141,7 +141,7 @@ class MMDiT(nn.Module):
         """The model's text encoder; ValueError where text features come from outside."""
         if self.text_encoder is None:
             raise ValueError(
-                "text_encoder: this model takes text features from outside, and no encoder is wired in yet"
+                "text_encoder: this model takes text features from outside; name the folder of its --pipeline"
             )
         return self.text_encoder
 

@@ -97,15 +97,22 @@ class HistoryPool(Stored):
         return (self.keys[block], self.values[block]), (self.scales[2 * block], self.scales[2 * block + 1])
 
     def read(self, block: int, sources: Tensor) -> KVRows:
-        """Rows of a block as `kernels.assemble_` takes them."""
+        """Rows of a block as `kernels.assemble_` takes them; `sources` on the device of the model, or in 8 bits where
+        the pool lies, so that nothing waits for a copy of them."""
         if not self.fp8:
-            return KVRows(self.keys[block], self.values[block], sources.to(self.read_by))
-        at, parts = sources.to(self.keys[0].device), []
+            return KVRows(self.keys[block], self.values[block], sources)
+        parts = []
         for small, scales in zip(*self._of_block(block), strict=True):
-            rows = small.view(torch.uint8).index_select(0, at).to(self.read_by, non_blocking=True).view(FP8)
-            scale = scales.index_select(0, at).to(self.read_by, non_blocking=True)
+            rows = self._near(small.view(torch.uint8).index_select(0, sources)).view(FP8)
+            scale = self._near(scales.index_select(0, sources))
             parts.append((rows.float() * scale[..., None]).to(self.dtype))
-        return KVRows(parts[0], parts[1], torch.arange(len(at), device=self.read_by))
+        return KVRows(parts[0], parts[1], torch.arange(len(sources), device=self.read_by))
+
+    def _near(self, x: Tensor) -> Tensor:
+        """On the model's device; a copy to a GPU leaves from pinned memory, so that nothing waits for it."""
+        if x.device.type == "cpu" and self.read_by.type == "cuda":
+            x = x.pin_memory()
+        return x.to(self.read_by, non_blocking=True)
 
     def assemble_(
         self,
@@ -129,7 +136,7 @@ class HistoryPool(Stored):
                 f"{cache.capacity} a scene, got {list(chosen)} of {sizes} rows"
             )
         device, choice = cache.keys[0].device, Choice.of(impl).norm_rope
-        sources = rows_of(room for scene in rooms for room in scene)
+        sources = rows_of(room for scene in rooms for room in scene).to(self.keys[0].device if self.fp8 else device)
         starts = (b * cache.capacity for b in range(cache.scenes))
         slots = rows_of(range(start, start + size) for start, size in zip(starts, sizes, strict=True)).to(device)
         positions = layout.positions(text_scale, device)
@@ -161,6 +168,10 @@ class LayeredContext(KVCache):
         self.keys, self.values = ([pair[i % 2] for i in range(config.blocks)] for pair in (self.keys, self.values))
         self._fill: Callable[[int, KVRows], None] | None = None
         self._slots = torch.empty(0, dtype=torch.int64)
+        on_gpu = self.keys[0].device.type == "cuda"
+        self._side = (
+            torch.cuda.Stream(self.keys[0].device) if on_gpu else None
+        )  # the next block is made beside this one
 
     @property
     def bytes(self) -> int:
@@ -177,20 +188,20 @@ class LayeredContext(KVCache):
     def at(self, slots: Tensor) -> Iterator[KVRows]:
         """Some rows of every block, its history made when it is asked for."""
         device = self.keys[0].device
-        side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        made = self._make(0, side)
+        made = self._make(0)
         for block in range(len(self.keys)):
             if made is not None:
                 torch.cuda.current_stream(device).wait_event(made)
             # the block before this one was the last to read the other buffer, and has been launched
-            made = self._make(block + 1, side) if block + 1 < len(self.keys) else None
+            made = self._make(block + 1) if block + 1 < len(self.keys) else None
             yield KVRows(self.keys[block], self.values[block], slots)
 
-    def _make(self, block: int, side: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    def _make(self, block: int) -> torch.cuda.Event | None:
         """Fill a block's buffer with its history, on a GPU beside what runs; returns the event of its end."""
         if self._fill is None:
             return None
         into = KVRows(self.keys[block], self.values[block], self._slots)
+        side = self._side
         if side is None:
             self._fill(block, into)
             return None

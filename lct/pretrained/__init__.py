@@ -1,1 +1,1 @@
-"""Models that others trained: diffusers' files in and out, VAEs and text encoders, LoRA, attention for pipelines."""
+"""Models that others trained: diffusers' files in and out, VAEs and text encoders, attention for its pipelines."""

@@ -46,7 +46,8 @@ def encode(
             raise ValueError(f"{folder}: expected a scene that lct ingest cut from a film, got one without frames")
         if not (films / scene.source).is_file():
             raise FileNotFoundError(f"{films / scene.source}: no such film, though {folder} was cut from it")
-    left = {f: s for f, s in read.items() if not (out / f.relative_to(scenes) / TEXT).is_file()}
+    steps = {source: _step(films / source, fps) for source in {str(scene.source) for scene in read.values()}}
+    left = {f: s for f, s in read.items() if not _is_finished(out / f.relative_to(scenes), s, pipeline, fps)}
     out.mkdir(parents=True, exist_ok=True)
     if not (out / TEXT).is_file():
         write_features(out / TEXT, {"": pipeline.encode([""])[0]})
@@ -54,7 +55,7 @@ def encode(
     with counting("encode", len(read), len(read) - len(left)) as advance:
         for group in _passes(left):
             film = films / str(left[group[0]].source)
-            step = _step(film, fps)
+            step = steps[str(left[group[0]].source)]
             codec = pipeline.codec
             plans = {
                 f: [shot_frames(_span(s), step, max_frames, codec.time_stride) for s in left[f].shots] for f in group
@@ -101,9 +102,22 @@ def _span(shot: ShotEntry) -> tuple[int, int]:
     return shot.frames
 
 
+def _is_finished(folder: Path, scene: SceneFile, pipeline: Pipeline, fps: float) -> bool:
+    """Whether a scene is encoded; ValueError where something else of it is."""
+    if not (folder / TEXT).is_file():
+        return False
+    there, name = read_scene(folder), pipeline.codec.name
+    same = [(s.prompt, s.cut) for s in there.shots] == [(s.prompt, s.cut) for s in scene.shots]
+    if not same or (there.global_prompt, there.codec, there.fps) != (scene.global_prompt, name, fps):
+        raise ValueError(f"{folder}: was encoded with other prompts, another pipeline or fps; remove it to encode anew")
+    return True
+
+
 def _step(film: Path, fps: float) -> float:
-    """Frames of the film per frame that latents show."""
+    """Frames of the film per frame that latents show; 23.976 in a second pass for 24."""
     own = film_fps(film)
+    if own < fps <= 1.01 * own:
+        return 1.0
     if fps > own:
         raise ValueError(f"fps: expected at most the {own:g} frames per second of {film}, got {fps:g}; lower it")
     return own / fps

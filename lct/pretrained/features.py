@@ -46,7 +46,7 @@ class FeatureTable:
             self._files |= dict.fromkeys(_names(file), file)
         if not self._files:
             raise FileNotFoundError(f"{self.root}: expected {TEXT} of encoded scenes, found none; run lct encode first")
-        self.tokenize = lru_cache(maxsize=4096)(self._read)
+        self.tokenize = lru_cache(maxsize=64)(self._read)  # a prompt of Wan is 8 MB
 
     def check(self, prompts: Iterable[str]) -> None:
         """ValueError where a prompt was not encoded; before any training."""

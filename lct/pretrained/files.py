@@ -118,6 +118,8 @@ def save(model: MMDiT, folder: str | Path, shard: int = SHARD) -> Path:
 
 
 def _of_transformer(folder: Path) -> Path:
+    if (folder / f"{SUBFOLDER}_2").is_dir():
+        raise ValueError(f"{folder}: expected one transformer, got two (Wan 2.2 A14B), of which half would be used")
     return folder / SUBFOLDER if (folder / SUBFOLDER / CONFIG).is_file() else folder
 
 

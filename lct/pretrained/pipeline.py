@@ -173,8 +173,8 @@ class Vae:
 
     def _encoded(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, T, H, W] -> float32 [B, T', H', W', C]."""
-        x = pixels.to(self.model.device, self.model.dtype) / 127.5 - 1
-        latents = self.model.encode(x).latent_dist.mode().float()
+        x = pixels.to(self.model.device).float() / 127.5 - 1
+        latents = self.model.encode(x.to(self.model.dtype)).latent_dist.mode().float()
         return ((latents - self._mean) / self._std).permute(0, 2, 3, 4, 1).contiguous().cpu()
 
     @torch.no_grad()

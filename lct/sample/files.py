@@ -58,6 +58,7 @@ def sample_scene(
     fps = (file.fps or DEFAULT_FPS) if fps is None else fps
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
+    named = file.codec if codec is None else codec.name
     codec = codec or PixelCodec.named(file.codec or "pixel/1")
     if file.codec not in (None, codec.name):
         raise ValueError(f"{scene_path}: expected latents of {codec.name}, got those of {file.codec}; encode it again")
@@ -98,7 +99,7 @@ def sample_scene(
     arrays = {f"shot-{i}.video": video for i, video in enumerate(videos)}
     arrays |= {f"shot-{i}.images": shot.images for i, shot in given.items() if len(shot.images)}
     with new_folder(out) as temporary:
-        write_scene(temporary / SCENE, replace(file, shots=entries), arrays)
+        write_scene(temporary / SCENE, replace(file, shots=entries, codec=named), arrays)
         for i, shown in enumerate(frames):
             write_video(temporary / f"shot-{i}.mp4", shown, fps)
         captions = [shot_prompt(entry.prompt, entry.cut) for entry in entries]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from lct.model.families import build
 from lct.model.lora import add_lora, merge_lora
 from lct.model.mmdit import MMDiT
 from lct.pretrained.files import is_diffusers, load
+from lct.pretrained.files import load_config as diffusers_config
 from lct.train.config import TrainConfig
 
 MANIFEST = "manifest.json"
@@ -116,8 +117,10 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
     path = _resolved(path)
     if path.suffix != ".safetensors":
         folder = latest(path)
-        verify(folder)
-        return load_file(folder / "ema.safetensors"), load_config(folder)
+        step, config = verify(folder)["step"], load_config(folder)
+        # weights on the way to the paper's positions are used at the positions that they have come to
+        config = replace(config, text_scale=config.text_scale_at(step), text_scale_start=None, text_scale_steps=0)
+        return load_file(folder / "ema.safetensors"), config
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
     try:
@@ -184,8 +187,9 @@ def starting_model(config: TrainConfig, device: str | torch.device = "cpu") -> M
     init = config.init
     if init is not None and is_diffusers(init):
         model = load(init, device, None if config.lora else torch.float32).train().requires_grad_(True)
-    elif init is not None and config.lora:
+    elif init is not None and (config.lora or _init_config(init).lora):
         model = load_model(init, device)[0].train()
+        model = model if config.lora else model.float().requires_grad_(True)
     else:
         torch.manual_seed(config.seed)
         model = build(config.model).to(device)
@@ -194,6 +198,21 @@ def starting_model(config: TrainConfig, device: str | torch.device = "cpu") -> M
     if config.lora:
         add_lora(model, config.lora, seed=config.seed)
     return model
+
+
+def with_model_of_init(config: TrainConfig) -> TrainConfig:
+    """A run on an open model with the model of the weights that it starts from, which say more than a preset."""
+    if config.init is None:
+        return config
+    if is_diffusers(config.init):
+        return replace(config, model=diffusers_config(config.init))
+    return config if config.model.family == "mmdit" else replace(config, model=_init_config(config.init).model)
+
+
+def _init_config(init: str | Path) -> TrainConfig:
+    """The configuration beside weights, without the weights of a checkpoint."""
+    path = _resolved(init)
+    return load_weights(path)[1] if path.suffix == ".safetensors" else load_config(latest(path))
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

@@ -99,6 +99,8 @@ class TrainConfig:
                 "text_scale_start, text_scale_steps: expected both or neither, "
                 f"got {self.text_scale_start} and {self.text_scale_steps}"
             )
+        if self.text_scale_steps > self.steps:
+            raise ValueError(f"text_scale_steps: expected at most {self.steps} steps, got {self.text_scale_steps}")
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(f"compute_dtype: expected one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}")
         if not 0 < self.lr < float("inf"):

@@ -22,8 +22,6 @@ from lct.model.flow import logit_normal, noised, shift_time, shot_losses, shot_s
 from lct.model.mmdit import MMDiT
 from lct.model.text import Finished
 from lct.pretrained.features import FeatureTable, prompts_of
-from lct.pretrained.files import is_diffusers
-from lct.pretrained.files import load_config as diffusers_config
 from lct.train.checkpoint import (
     assign_weights,
     available,
@@ -34,6 +32,7 @@ from lct.train.checkpoint import (
     starting_model,
     trained,
     verify,
+    with_model_of_init,
 )
 from lct.train.config import TrainConfig
 
@@ -91,8 +90,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, out: str | Path, device: str = "cpu", impl: str = "auto"):
-        if config.init is not None and is_diffusers(config.init):
-            config = replace(config, model=diffusers_config(config.init))
+        config = with_model_of_init(config)
         self.config, self.out, self.device, self.impl = config, Path(out), available(device), impl
         self.dataset = dataset(config)
         encoder = None if config.model.vocabulary else _features(config, self.dataset)

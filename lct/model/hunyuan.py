@@ -17,21 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lct.kernels import KVRows, attention, gated, modulate, norm_rope_append_, norm_rope_join
+from lct.kernels import KVRows, attention, gated, modulate
 from lct.kernels.reference import statistics_dtype
 from lct.kernels.select import Choice
 from lct.layout import Geometry, SceneLayout, Shot, Streams
 from lct.model.config import HunyuanConfig, ModelConfig
-from lct.model.layers import LayerNorm, Linear, time_features
-from lct.model.mmdit import Block, MMDiT
+from lct.model.layers import LayerNorm, Linear, embedder, single_time_features
+from lct.model.mmdit import Block, MMDiT, attend
 
 LANGUAGE, GLYPHS, IMAGE = range(3)  # kinds of text rows in 1.5, in the numbering of its weights
 GLYPH_WIDTH = 2048  # of the projection of glyph features
-
-
-def embedder(channels: int, width: int) -> nn.Sequential:
-    """Two layers that bring time, guidance or a pooled vector to the model's width."""
-    return nn.Sequential(Linear(channels, width), nn.SiLU(), Linear(width, width))
 
 
 class RefinerBlock(nn.Module):
@@ -136,12 +131,7 @@ class SingleBlock(nn.Module):
         h = modulate(x, shift, scale, s.video_starts, choice.modulate)
         qkv = self.qkv(h).unflatten(-1, (-1, self.head_dim))
         norms = (self.q_norm, self.k_norm)
-        joined = (qkv[:0], qkv, norms, norms, s, geometry.positions, self.spec)
-        if cache is None:
-            q, k, v = norm_rope_join(*joined, impl=choice.norm_rope)
-        else:
-            q, k, v = norm_rope_append_(*joined, cache, pool, impl=choice.norm_rope), cache.keys, cache.values
-        attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=choice.attention))
+        attended = attend(qkv[:0], qkv, norms, norms, self.spec, geometry, cache, pool, choice)
         both = torch.cat([attended.flatten(1), F.gelu(self.rise(h), approximate="tanh")], dim=-1)
         return gated(x, self.out(both), gate, s.video_starts, choice.modulate)
 
@@ -176,9 +166,7 @@ class Hunyuan(MMDiT):
         return "joint" if single and "modulation" not in name else super().rows_of(name)
 
     def _time(self, times: Tensor) -> Tensor:
-        # these weights were trained with features computed in fp32, whatever they are multiplied in
-        dtype = statistics_dtype(self.video_out.weight.dtype)
-        return time_features(times.float(), self.config.time_channels).to(dtype)
+        return single_time_features(times, self.config.time_channels, statistics_dtype(self.video_out.weight.dtype))
 
     def condition(self, times: Tensor, text: Tensor, geometry: Geometry) -> Tensor:
         c, features = self.config, self._time(times)
@@ -235,20 +223,20 @@ class Hunyuan(MMDiT):
         if dual == len(self.blocks):
             return video
         s = geometry.streams
-        x = torch.cat([text, video]).index_select(0, torch.cat([s.text_rows, s.video_rows]).argsort())
-        joint = replace(geometry, streams=_joint_stream(s, len(x)))
+        order = torch.cat([s.text_rows, s.video_rows]).argsort()
+        x = torch.cat([text, video]).index_select(0, order)
+        joint = replace(geometry, streams=_joint_stream(s, order))
         for block, kv in zip(islice(self.blocks, dual, None), stored, strict=True):
             x = block(x, shots, joint, *kv, choice)
         return x.index_select(0, s.video_rows)
 
 
-def _joint_stream(s: Streams, rows: int) -> Streams:
-    """All rows in the video stream, in joint order."""
-    none, device = s.text_rows[:0], s.text_rows.device
-    order = torch.cat([s.text_rows, s.video_rows]).argsort()
+def _joint_stream(s: Streams, order: Tensor) -> Streams:
+    """All rows in the video stream, in joint order, which `order` picks from text and video one behind the other."""
+    none = s.text_rows[:0]
     return Streams(
         text_rows=none,
-        video_rows=torch.arange(rows, device=device),
+        video_rows=torch.arange(len(order), device=order.device),
         text_shot=none,
         video_shot=torch.cat([s.text_shot, s.video_shot])[order],
         text_starts=torch.zeros_like(s.text_starts),

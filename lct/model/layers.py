@@ -46,6 +46,16 @@ def time_features(times: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def embedder(channels: int, width: int) -> nn.Sequential:
+    """Two layers that bring time, guidance or a pooled vector to a model's width."""
+    return nn.Sequential(Linear(channels, width), nn.SiLU(), Linear(width, width))
+
+
+def single_time_features(times: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """`time_features` computed in fp32, whatever they are multiplied in, as models that others trained know them."""
+    return time_features(times.float(), channels).to(dtype)
+
+
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()

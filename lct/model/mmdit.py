@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lct.kernels import KVRows, attention, gated, modulate, norm_rope_append_, norm_rope_join
+from lct.kernels import KVRows, NormRope, attention, gated, modulate, norm_rope_append_, norm_rope_join
 from lct.kernels.reference import statistics_dtype
 from lct.kernels.select import Choice
 from lct.layout import Geometry, SceneLayout
@@ -56,6 +56,27 @@ class StreamBlock(nn.Module):
         return gated(x, self.mlp(modulate(x, mlp_shift, mlp_scale, starts, impl)), mlp_gate, starts, impl)
 
 
+def attend(
+    text_qkv: Tensor,
+    video_qkv: Tensor,
+    text_norm: tuple[Tensor, Tensor],
+    video_norm: tuple[Tensor, Tensor],
+    spec: NormRope,
+    geometry: Geometry,
+    cache: KVRows | None,
+    pool: KVRows | None,
+    choice: Choice,
+) -> Tensor:
+    """What every kind of block does between its projections: norm, rotation, join, and attention over the rows at hand
+    or over a cache, into which theirs are written; arguments as in `norm_rope_join`. Returns [S, A, D]."""
+    joined = (text_qkv, video_qkv, text_norm, video_norm, geometry.streams, geometry.positions, spec)
+    if cache is None:
+        q, k, v = norm_rope_join(*joined, impl=choice.norm_rope)
+    else:
+        q, k, v = norm_rope_append_(*joined, cache, pool, impl=choice.norm_rope), cache.keys, cache.values
+    return cast(Tensor, attention(q, k, v, geometry.plan, impl=choice.attention))
+
+
 class Block(nn.Module):
     """One long-context MMDiT block."""
 
@@ -77,20 +98,17 @@ class Block(nn.Module):
         s = geometry.streams
         text_m = self.text.modulation(shots).chunk(6 if self.text.finishes else 2, dim=-1)
         video_m = self.video.modulation(shots).chunk(6, dim=-1)
-        joined = (
+        attended = attend(
             self.text.project(text, s.text_starts, choice.modulate, *text_m[:2]),
             self.video.project(video, s.video_starts, choice.modulate, *video_m[:2]),
             (self.text.q_norm, self.text.k_norm),
             (self.video.q_norm, self.video.k_norm),
-            s,
-            geometry.positions,
             self.spec,
+            geometry,
+            cache,
+            pool,
+            choice,
         )
-        if cache is None:
-            q, k, v = norm_rope_join(*joined, impl=choice.norm_rope)
-        else:
-            q, k, v = norm_rope_append_(*joined, cache, pool, impl=choice.norm_rope), cache.keys, cache.values
-        attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=choice.attention))
         if self.text.finishes:
             text_attended = attended.index_select(0, s.text_rows)
             text = self.text.finish(text, text_attended, s.text_starts, choice.modulate, *text_m[2:])

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lct.kernels import KVRows, attention, gated, modulate, norm_rope_append_, norm_rope_join
+from lct.kernels import KVRows, attention, gated, modulate
 from lct.kernels.reference import statistics_dtype
 from lct.kernels.select import Choice
 from lct.layout import Geometry
 from lct.model.config import ModelConfig, WanConfig
-from lct.model.layers import MLP, LayerNorm, Linear, time_features
-from lct.model.mmdit import MMDiT
+from lct.model.layers import MLP, LayerNorm, Linear, embedder, single_time_features
+from lct.model.mmdit import MMDiT, attend
 from lct.plan import Plan
 
 
@@ -75,16 +75,11 @@ class CrossBlock(nn.Module):
         choice: Choice,
     ) -> Tensor:
         """x [S_video, C], text [S_text, C], shots [N, 6·C]."""
-        s, starts = geometry.streams, geometry.streams.video_starts
+        starts = geometry.streams.video_starts
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.table + shots).chunk(6, dim=-1)
         qkv = self.qkv(modulate(x, shift, scale, starts, choice.modulate)).unflatten(-1, (-1, self.head_dim))
         norms = (self.q_norm, self.k_norm)
-        joined = (qkv[:0], qkv, norms, norms, s, geometry.positions, self.spec)
-        if cache is None:
-            q, k, v = norm_rope_join(*joined, impl=choice.norm_rope)
-        else:
-            q, k, v = norm_rope_append_(*joined, cache, pool, impl=choice.norm_rope), cache.keys, cache.values
-        attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=choice.attention))
+        attended = attend(qkv[:0], qkv, norms, norms, self.spec, geometry, cache, pool, choice)
         x = gated(x, self.out(attended.flatten(1)), gate, starts, choice.modulate)
         x = x + self._read(x, text, cast(Plan, geometry.cross), choice)
         mlp = self.mlp(modulate(x, mlp_shift, mlp_scale, starts, choice.modulate))
@@ -108,7 +103,7 @@ class Wan(MMDiT):
     def __init__(self, config: WanConfig):
         super().__init__(config)
         c = config
-        self.time_in = nn.Sequential(Linear(c.time_channels, c.width), nn.SiLU(), Linear(c.width, c.width))
+        self.time_in = embedder(c.time_channels, c.width)
         self.time_modulation = Linear(c.width, 6 * c.width)
         self.last_modulation = LastModulation(c.width)
 
@@ -119,9 +114,8 @@ class Wan(MMDiT):
         return (CrossBlock(self.config) for _ in range(self.config.blocks))
 
     def condition(self, times: Tensor, text: Tensor, geometry: Geometry) -> Tensor:
-        # trained with features computed in fp32, whatever they are multiplied in
         dtype = statistics_dtype(self.video_out.weight.dtype)
-        return self.time_in(time_features(times.float(), self.config.time_channels).to(dtype))
+        return self.time_in(single_time_features(times, self.config.time_channels, dtype))
 
     def run_blocks(
         self,

@@ -23,10 +23,11 @@ from rich.table import Table
 
 from lct.evaluate import Mean95
 from lct.progress import training
-from lct.train.checkpoint import checkpoints, load_model
+from lct.train.checkpoint import checkpoints
 from lct.train.config import TrainConfig
 from lct.train.runs import micro_lct, micro_text_rope
 from lct.train.trainer import Trainer
+from lct.train.weights import load_model
 
 BUDGETS, SEEDS = (50, 100, 200, 400), (0, 1, 2)
 SCENE_STEPS, SCENE_SEEDS = 1_000, (0, 1)

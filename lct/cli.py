@@ -48,8 +48,8 @@ class TrainCommand:
 
     def run(self) -> None:
         from lct.progress import training
-        from lct.train.checkpoint import load_weights, save_weights
         from lct.train.trainer import Trainer
+        from lct.train.weights import load_weights, save_weights
 
         if self.share is not None and self.share.suffix != ".safetensors":
             raise ValueError(f"share: expected a name that ends in .safetensors, got {self.share}")
@@ -105,7 +105,7 @@ def sample(
 
     Args:
         scene: A scene.toml, or its folder.
-        weights: A .safetensors file, a checkpoint folder, or asset:tiny_pretrained.
+        weights: A .safetensors file, a checkpoint folder, a transformer of diffusers, or asset:tiny_pretrained.
         out: New folder for latents, one mp4 a shot and a contact sheet; SCENE-sample by default.
         mode: Shot by shot over the history, or all shots together; by default as the weights were trained.
         steps: Denoising steps.
@@ -118,34 +118,59 @@ def sample(
         dtype: Of the streams, such as bfloat16; the weights' own by default.
         device: Such as cuda.
         impl: Attention implementation.
-        pipeline: Folder of a diffusers pipeline, for weights tuned from its transformer: its text encoders and VAE.
+        pipeline: Folder of a diffusers pipeline, for weights tuned from its transformer, low-rank ones included: its
+            text encoders and VAE.
         memory: Where and how finished shots are kept, for long scenes and large models.
     """
     from lct.sample.files import sample_scene
     from lct.sample.request import Sampling
-    from lct.train.checkpoint import load_model
+    from lct.train.weights import load_model
 
     folder = (scene if scene.is_dir() else scene.parent).resolve()
-    model, config = load_model(weights, device)
+    model, config = load_model(weights, device, pipeline)
     options = {"guidance": guidance, "history_guidance": history_guidance, "history_time": history_time, "keep": keep}
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
-    target, codec = out or folder.with_name(f"{folder.name}-sample"), None
-    if pipeline is not None:
-        import torch
-
-        from lct.model.text import Finished
-        from lct.pretrained.pipeline import Pipeline
-
-        parts = Pipeline(pipeline, device, getattr(torch, dtype or "float32"))
-        if parts.config.text_row_channels != model.config.text_row_channels:
-            raise ValueError(f"pipeline: expected the one that {weights} was tuned from, got {pipeline}")
-        model.text_encoder, codec = Finished(parts.tokenize), parts.codec
+    target = out or folder.with_name(f"{folder.name}-sample")
     print(
         sample_scene(
-            model, scene, target, sampling, config.visibility, mode, fps, impl, config.data.shots, codec,
-            None if memory == AS_IT_IS else memory,
+            model, scene, target, sampling, config.visibility, mode, fps, impl, config.data.shots,
+            _pipeline(pipeline, device, dtype), None if memory == AS_IT_IS else memory,
         )
     )  # fmt: skip
+
+
+def _pipeline(folder: Path | None, device: str, dtype: str | None):
+    """The parts of a pipeline beside its transformer; None where none is named."""
+    if folder is None:
+        return None
+    import torch
+
+    from lct.pretrained.pipeline import Pipeline
+
+    return Pipeline(folder, device, getattr(torch, dtype or "float32"))
+
+
+def decode(
+    scene: tyro.conf.Positional[Path],
+    out: Path,
+    fps: float | None = None,
+    pipeline: Path | None = None,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Turn a scene's latents into one mp4 a shot and a contact sheet.
+
+    Args:
+        scene: A scene.toml whose shots all have latents, or its folder.
+        out: Folder of the films.
+        fps: Frames a second; the scene file's by default.
+        pipeline: Folder of a diffusers pipeline, whose VAE decodes, in tiles where frames are large.
+        device: Such as cuda.
+        dtype: Of the VAE.
+    """
+    from lct.sample.files import decode_scene
+
+    print(decode_scene(scene, out, fps, _pipeline(pipeline, device, dtype)))
 
 
 @dataclass(frozen=True)
@@ -168,6 +193,8 @@ class DirectCommand:
     """t_c, the noise level of takes as history (§ 4.2)."""
     fps: float | None = None
     """Frames a second of the films; the scene file's by default."""
+    pipeline: str | None = None
+    """Folder of a diffusers pipeline, for weights tuned from its transformer: its text encoders and VAE."""
     device: str = "cpu"
     impl: str = "auto"
     """Attention implementation."""
@@ -272,7 +299,7 @@ def export(weights: tyro.conf.Positional[Path], out: Path, dtype: Literal["float
     import torch
 
     from lct.pretrained.files import save
-    from lct.train.checkpoint import load_model
+    from lct.train.weights import load_model
 
     model, _ = load_model(weights)
     print(save(model.to(getattr(torch, dtype)), out))
@@ -434,7 +461,10 @@ def parse_layout(words: tuple[str, ...], visibility: str):
 
 COMMANDS = {
     f.__name__: f
-    for f in (demo, train, sample, direct, ingest, encode, export, caption, plan, check, mask, estimate, doctor, bench)
+    for f in (
+        *(demo, train, sample, decode, direct, ingest, encode, export),
+        *(caption, plan, check, mask, estimate, doctor, bench),
+    )
 }
 
 
@@ -455,5 +485,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return result or 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"lct: error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = " ".join(str(error).split())
+        print("; ".join([f"lct: error: {words}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 2

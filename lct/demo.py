@@ -24,9 +24,9 @@ from lct.model.mmdit import MMDiT
 from lct.progress import counting, training
 from lct.report import Heading, Metric, Metrics, Picture, Text, Video, write_page
 from lct.sample import Sampling
-from lct.train.checkpoint import load_model
 from lct.train.runs import tiny_causal, tiny_lct, tiny_text_rope
 from lct.train.trainer import Trainer
+from lct.train.weights import load_model
 
 SHOTS = 4
 SHOWN = 3  # scenes on the contact sheet

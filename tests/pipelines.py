@@ -23,11 +23,11 @@ def byte_tokenizer(folder: Path):
     return tokenizer
 
 
-def hunyuan15(folder: Path) -> Path:
+def hunyuan15(folder: Path, seed: int = 0) -> Path:
     import diffusers
     from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = byte_tokenizer(folder)
     text = Qwen2_5_VLTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
@@ -54,11 +54,11 @@ def hunyuan15(folder: Path) -> Path:
     return folder
 
 
-def wan(folder: Path) -> Path:
+def wan(folder: Path, seed: int = 0) -> Path:
     import diffusers
     from transformers import UMT5Config, UMT5EncoderModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = byte_tokenizer(folder)
     text = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     pipeline = diffusers.WanPipeline(

@@ -19,8 +19,8 @@ from lct.data.video import read_video, write_video
 from lct.kernels.select import ATTENTION
 from lct.model.config import preset
 from lct.model.families import build
-from lct.train.checkpoint import load_model, save_weights
 from lct.train.runs import RUNS, run
+from lct.train.weights import load_model, save_weights
 
 ROOT = Path(__file__).parents[1]
 NAMES = tuple(COMMANDS)
@@ -406,11 +406,31 @@ def test_a_disk_that_fails_while_sampling_leaves_nothing(scene, weights, tmp_pat
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lct.sample.files.contact_sheet", full)
+    monkeypatch.setattr("lct.sample.files.write_scene", full)
     folder = scene(GIVEN + NEW)
     before = files(tmp_path)
     assert code_of(["sample", folder, "--weights", weights, "--steps=1"]) == 2
     assert capsys.readouterr().err == "lct: error: No space left on device\n" and files(tmp_path) == before
+
+
+def test_a_failure_while_decoding_leaves_the_latents(lct, scene, weights, tmp_path, monkeypatch, capsys):
+    folder, out, whole = scene(GIVEN + NEW), tmp_path / "made", tmp_path / "whole"
+    command = ["sample", folder, "--weights", weights, "--steps=1", "--out"]
+    lct(*command, whole)
+    with monkeypatch.context() as patched:
+
+        def full(*_, **__):
+            raise OSError("No space left on device")
+
+        patched.setattr("lct.sample.files.write_video", full)
+        assert code_of([*command, out]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("lct: error: No space left on device; the latents are in ")
+    assert f"lct decode {out / 'scene'} --out {out}" in line
+    lct("decode", out / "scene", "--out", out)
+    assert files(out) == files(whole)
+    films = [path for path in files(out) if path.endswith((".mp4", ".safetensors"))]
+    assert len(films) == 3 and all((out / path).read_bytes() == (whole / path).read_bytes() for path in films)
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "config.json", "optimizer.safetensors"])

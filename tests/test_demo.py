@@ -9,9 +9,9 @@ import pytest
 from lct import demo
 from lct.data.readout import CHANCE
 from lct.evaluate import MODES, Mean95, held_out, score, true_frames
-from lct.train.checkpoint import save_weights
 from lct.train.runs import tiny_causal, tiny_lct, tiny_text_rope
 from lct.train.trainer import Trainer
+from lct.train.weights import save_weights
 
 
 @pytest.fixture(scope="module")

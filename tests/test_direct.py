@@ -20,8 +20,8 @@ from lct.direct.studio import Studio
 from lct.direct.terminal import act, actions
 from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive
-from lct.train.checkpoint import digest_of, load_model, save_weights
 from lct.train.runs import run
+from lct.train.weights import digest_of, load_model, save_weights
 
 pytest.importorskip("av")
 

@@ -19,7 +19,7 @@ from findings.metrics import by_gap, cut_accuracy, measure, paired  # noqa: E402
 
 from lct.data.toy import ToyScenes, to_frames  # noqa: E402
 from lct.evaluate import Mean95  # noqa: E402
-from lct.train.checkpoint import load_model, load_weights, save_weights  # noqa: E402
+from lct.train.weights import load_model, load_weights, save_weights  # noqa: E402
 
 
 def truth(samples):

@@ -393,6 +393,20 @@ def test_the_sampler_generates_alike(chosen):
     assert worst(*results) <= 1e-3 * scale
 
 
+@pytest.mark.parametrize("chosen", [None, [[], [0], [1, 0]]], ids=["all shots", "chosen shots"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["as computed", "8 bits"])
+def test_where_history_is_kept_changes_nothing(fp8, chosen):
+    """Pinned CPU memory and copies beside the computation, block by block: the same bytes as everything on the GPU."""
+    model = random_model(CONFIG, dtype=torch.float32).to(CUDA)
+    options = {"chosen": chosen, "impl": "triton"}
+    made = [
+        autoregressive(model, requests(), Sampling(steps=2), memory=memory, **options)
+        for memory in (Memory(fp8=fp8), Memory("cpu", fp8=fp8), Memory("cpu", layered=True, fp8=fp8))
+    ]
+    for other in made[1:]:
+        assert all(same_bytes(a, b) for s, t in zip(made[0], other, strict=True) for a, b in zip(s, t, strict=True))
+
+
 def test_one_varlen_call_over_overlapping_prefixes_has_no_right_gradient():
     """Why FA2's single call is a forward-only peer: what it computes is right, and autograd through it refuses, or,
     worse, returns gradients that are not those of the mask."""

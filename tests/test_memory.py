@@ -16,7 +16,7 @@ from lct.model.config import Memory, tiny
 from lct.model.pool import HistoryPool, LayeredContext
 from lct.model.text import Finished
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
-from lct.train.checkpoint import load_model
+from lct.train.weights import load_model
 
 WEIGHTS = Path(__file__).parents[1] / "bench" / "findings" / "weights" / "causal.safetensors"
 NAMES = ("mmdit", *TINY)

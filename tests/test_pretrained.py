@@ -1,6 +1,7 @@
 """From a film to a tuned model and back to diffusers, with tiny random pipelines: the guide's steps, one by one."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +18,9 @@ from lct.pretrained import encode as encoding
 from lct.pretrained import files
 from lct.pretrained.encode import encode
 from lct.pretrained.features import TEXT, FeatureTable, prompts_of
-from lct.train.checkpoint import load_model
 from lct.train.runs import run
 from lct.train.trainer import Trainer
+from lct.train.weights import load_model, load_weights, save_weights
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -135,6 +136,71 @@ def test_what_cannot_be_encoded_is_told_first(folders, scenes, tmp_path):
         Pipeline(tmp_path)
 
 
+def test_text_encoders_go_before_sampling_begins(folders):
+    pipeline = Pipeline(folders["wan"])
+    pipeline.prepare(["a boat", "", "a boat"])
+    assert "_text" not in vars(pipeline)
+    rows = pipeline.tokenize("a boat")
+    assert "_text" not in vars(pipeline) and torch.equal(rows, Pipeline(folders["wan"]).tokenize("a boat"))
+
+
+def test_another_pipelines_features_are_not_mixed(encoded, folders, scenes, tmp_path):
+    out = tmp_path / "encoded"
+    out.mkdir()
+    shutil.copy(encoded("hunyuan15") / TEXT, out / TEXT)
+    other = pipelines.hunyuan15(tmp_path / "other", seed=1)
+    for pipeline in (folders["wan"], other):
+        with pytest.raises(ValueError, match="another pipeline"):
+            encode(scenes[0], Pipeline(pipeline), scenes[1], out, 64, FPS, FRAMES)
+
+
+SHOTS = """
+[global]
+environment = "sea"
+[[shot]]
+prompt = "a boat"
+cut = true
+size = [3, 8, 8]
+[[shot]]
+prompt = "a gull"
+cut = true
+size = [3, 8, 8]
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_open_model_as_released(name, folders, tmp_path):
+    """It knows single shots: each shot of a scene is what it makes of that shot alone."""
+    (tmp_path / "scene.toml").write_text(SHOTS)
+    (tmp_path / "second.toml").write_text(SHOTS.replace("a boat", "a whale"))
+    made = []
+    for scene in ("scene", "second"):
+        command = ["sample", tmp_path / f"{scene}.toml", "--weights", folders[name], "--pipeline", folders[name]]
+        assert main([*map(str, command), "--steps", "2", "--out", str(tmp_path / f"{scene}-made")]) == 0
+        made.append(load_file(tmp_path / f"{scene}-made" / "scene" / "latents.safetensors"))
+    _, config = load_model(folders[name])
+    assert (config.visibility, config.text_scale, config.shift) == ("isolated", 0.0, 5.0)
+    assert np.array_equal(made[0]["shot-1.video"], made[1]["shot-1.video"])
+    assert not np.array_equal(made[0]["shot-0.video"], made[1]["shot-0.video"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_directing_with_an_open_model(name, folders, scenes, tmp_path):
+    (tmp_path / "scene").mkdir()
+    (tmp_path / "scene" / "scene.toml").write_text(SHOTS)
+    project, film = tmp_path / "project", next(scenes[1].glob("*.mp4"))
+    begin = ["--weights", folders[name], "--pipeline", folders[name], "--project", project, "--steps", "1"]
+    assert main([str(x) for x in ("direct", tmp_path / "scene", *begin, "make", "1")]) == 0
+    for action in (["give", "2", film], ["extend", "a wave"], ["export", tmp_path / "cut"]):
+        assert main([str(x) for x in ("direct", project, *action)]) == 0
+    codec = Pipeline(folders[name]).codec
+    assert read_scene(tmp_path / "cut" / "scene").codec == codec.name
+    frames = 1 + 2 * codec.time_stride
+    for shot in range(1, 4):
+        shown = read_video(tmp_path / "cut" / f"shot-{shot}.mp4").frames
+        assert shown.shape == (frames, 8 * codec.stride, 8 * codec.stride, 3)
+
+
 def tuned(name, stage, folder, source, steps=20, **changes):
     base = run(stage)
     if base.text_scale_steps:
@@ -182,6 +248,15 @@ def test_the_guide(name, stage, folders, encoded, tmp_path, capsys):
     ]
     assert main([*command, "--out", str(tmp_path / "made"), "--fps", "8"]) == 0
     codec = Pipeline(folders[name]).codec
+    moved = shutil.copytree(folders[name], tmp_path / "moved")  # low-rank changes find their base where it is named
+    share = tmp_path / "share.safetensors"
+    save_weights(share, *load_weights(tmp_path / "run"))
+    again = [*command, "--pipeline", str(moved), "--weights", str(share), "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+    other = getattr(pipelines, name)(tmp_path / "other", seed=1)
+    capsys.readouterr()
+    assert main([*again, "--pipeline", str(other), "--out", str(tmp_path / "wrong")]) == 2
+    assert "trained beside other weights" in capsys.readouterr().err
     shown = read_video(tmp_path / "made" / "shot-1.mp4")
     frames = 1 + (size[0] - 1) * codec.time_stride
     assert shown.frames.shape == (frames, size[1] * codec.stride, size[2] * codec.stride, 3)

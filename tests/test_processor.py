@@ -6,7 +6,7 @@ from open_models import theirs
 
 pytest.importorskip("diffusers")
 
-from lct.pretrained.processor import Shots, use_shots
+from lct.pretrained.processor import Shots, _Texts, use_shots
 
 NAMES = ("hunyuan", "hunyuan15", "wan")
 FRAMES, HEIGHT, WIDTH = 5, 4, 6
@@ -86,6 +86,28 @@ def test_each_shot_reads_the_global_prompt_and_its_own():
         changed = seen(module, shots, other)
         for i, (a, b) in enumerate(bounds):
             assert torch.equal(changed[:, :, a:b], usual[:, :, a:b]) == (i not in readers)
+
+
+def test_the_mask_is_read_once_a_pass(monkeypatch):
+    module = theirs("hunyuan15")
+    given, read = inputs("hunyuan15", module), []
+    counts = _Texts.counts
+
+    def counted(self, mask, words, batch):
+        before = self._counts
+        found = counts(self, mask, words, batch)
+        read.append(found is not before)
+        return found
+
+    monkeypatch.setattr(_Texts, "counts", counted)
+    first = seen(module, Shots((2, 3)), given)
+    assert len(read) == len(module.transformer_blocks) > 1 and sum(read) == 1
+    mask = torch.tensor([[1, 1, 0]])
+    texts = _Texts()
+    assert texts.counts(mask, 3, 1) == (2,)
+    mask[0, 1] = 0  # the same tensor, and no longer the same mask
+    assert texts.counts(mask, 3, 1) == (1,)
+    assert torch.equal(first, seen(module, Shots((2, 3)), given))
 
 
 def test_what_does_not_fit_is_refused():

@@ -15,10 +15,11 @@ from lct.data.toy import ToyScenes
 from lct.model.config import tiny
 from lct.model.flow import noised, shift_time, shot_losses, shot_shift
 from lct.model.mmdit import MMDiT
-from lct.train.checkpoint import checkpoints, latest, load_model, load_weights, save_weights, verify
+from lct.train.checkpoint import checkpoints, latest, verify
 from lct.train.config import TrainConfig
 from lct.train.runs import PRETRAINED, RUNS, paper_lct, paper_lct_causal, run, tiny_lct, tiny_pretrain
 from lct.train.trainer import Trainer, batch_loss
+from lct.train.weights import load_model, load_weights, save_weights
 
 PATCH = tiny().patch
 MIXTURE = {"single": 1.0, "cut": 1.0, "no_cut": 2.0}

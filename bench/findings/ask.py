@@ -24,10 +24,11 @@ from findings.finding import Finding, World
 from findings.ways import Weights
 from lct.data.atomic import new_file
 from lct.progress import training
-from lct.train.checkpoint import PREFIX, checkpoints, digest_of, load_config, load_model, load_weights, save_weights
+from lct.train.checkpoint import PREFIX, checkpoints, load_config
 from lct.train.config import TrainConfig
 from lct.train.runs import micro_causal, micro_lct, micro_pretrain, micro_text_rope
 from lct.train.trainer import Trainer
+from lct.train.weights import digest_of, load_model, load_weights, save_weights
 
 SHARED = Path(__file__).parent / "weights"
 RECORD = Path(__file__).parents[1] / "results" / "findings-cpu.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -32,6 +33,12 @@ def new_file(path: str | Path, replaces: bool = True) -> Iterator[Path]:
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(file: Path) -> str:
+    """Hash of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_vacant(path: str | Path) -> Path:

@@ -18,6 +18,12 @@ class Codec(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def stride(self) -> int: ...
+
+    @property
+    def time_stride(self) -> int: ...
+
     def encode(self, frames: np.ndarray | Tensor) -> Tensor: ...
 
     def encode_images(self, frames: np.ndarray | Tensor) -> Tensor: ...
@@ -31,12 +37,11 @@ class PixelCodec:
 
     channels     C of the latents
     stride       pixels of a frame per latent pixel, along height and along width
-    time_stride  frames per latent frame
+    time_stride  frames per latent frame after the first: one
     """
 
     stride: int
     channels: ClassVar[int] = 3
-    time_stride: ClassVar[int] = 1
 
     @classmethod
     def named(cls, name: str) -> PixelCodec:
@@ -51,6 +56,10 @@ class PixelCodec:
     def __post_init__(self) -> None:
         if self.stride < 1:
             raise ValueError(f"stride: expected a positive number of pixels, got {self.stride}; use for example 8")
+
+    @property
+    def time_stride(self) -> int:
+        return 1
 
     @property
     def name(self) -> str:

@@ -22,7 +22,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How takes are made: part of every take's inputs. digest is a hash of the weights."""
+    """How takes are made: part of every take's inputs, but for where things lie. digest is a hash of the weights."""
 
     weights: str
     digest: str
@@ -30,6 +30,10 @@ class Settings:
     guidance: float = 1.5
     history_guidance: float = 1.0
     history_time: float = 0.1
+    pipeline: str | None = None
+
+
+PLACES = ("weights", "pipeline")  # settings that say where things lie
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Board:
                 f"shot {index + 1} sees shot {missing[0]}, of which there is no take; `make {missing[0]}`, "
                 f"or choose with `sees {index + 1} …`"
             )
-        settings = {key: value for key, value in asdict(self.settings).items() if key != "weights"}
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in PLACES}
         return {
             "shot": card.name,
             "prompt": shot_prompt(card.prompt, card.cut),

@@ -7,7 +7,7 @@ from typing import Any
 
 from lct.direct.board import Settings
 from lct.direct.studio import BOARDS, Studio
-from lct.train.checkpoint import digest_of, load_weights
+from lct.train.weights import config_of, digest_of
 
 
 def open_studio(
@@ -17,7 +17,7 @@ def open_studio(
     fps: float | None = None,
     device: str = "cpu",
     impl: str = "auto",
-    **settings: float | None,
+    **settings: float | str | None,
 ) -> Studio:
     """The project of a scene, made where there is none.
 
@@ -35,5 +35,5 @@ def open_studio(
         return Studio.open(project, changes, device=device, impl=impl, report=print)
     if weights is None:
         raise ValueError(f"weights: expected those to begin {project} with; add --weights FILE")
-    context = load_weights(weights)[1].data.shots
+    context = config_of(weights).data.shots
     return Studio.begin(scene, project, Settings(**changes), fps, context, device=device, impl=impl, report=print)

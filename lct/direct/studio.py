@@ -21,15 +21,17 @@ from safetensors.numpy import load_file, save_file
 
 from lct.data.atomic import check_vacant, new_file, new_folder
 from lct.data.ingest import fit
-from lct.data.latents import PixelCodec, patchify, size_in_patches, unpatchify
+from lct.data.latents import Codec, patchify, size_in_patches, unpatchify
 from lct.data.scenefile import load_shot, parse_scene, read_scene, scene_text, write_scene
 from lct.data.scenes import shot_prompt
 from lct.data.video import CONTAINERS, read_video, video_package, write_video
 from lct.direct.board import Board, Card, Inputs, Settings, take_name
 from lct.draw import contact_sheet
+from lct.pretrained.pipeline import Pipeline
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
+from lct.sample.files import DEFAULT_FPS, codec_of
 from lct.sample.select import CONTEXT, choose
-from lct.train.checkpoint import digest_of, load_model
+from lct.train.weights import digest_of, load_model
 
 BOARDS, TAKES = "boards", "takes"
 TAKE, LATENTS, FILM, SHEET = "take.json", "latents.safetensors", "shot.mp4", "sheet.png"
@@ -54,6 +56,7 @@ class Studio:
                 f"{self.folder}: expected a director's project; begin one with lct direct SCENE --weights …"
             )
         self._loaded: tuple[str, Any, Any] | None = None
+        self._parts: Pipeline | None = None
         self._last = ""  # key of the board that this studio wrote last
 
     @classmethod
@@ -65,12 +68,13 @@ class Studio:
         check_vacant(folder)
         video_package("av")
         file = read_scene(scene)
-        board = Board.of(file, settings, fps or file.fps or 6.0, context)
+        board = Board.of(file, settings, fps or file.fps or DEFAULT_FPS, context)
         source = scene if scene.is_dir() else scene.parent
         with new_folder(folder) as temporary:
             (temporary / BOARDS).mkdir()
             (temporary / TAKES).mkdir()
             studio = cls(temporary, **options)
+            board = replace(board, codec=codec_of(file.codec, scene, studio._pipeline(settings)).name)
             for i, entry in enumerate(file.shots):
                 if entry.media is not None:
                     video = load_shot(source, file, i).latents
@@ -241,7 +245,7 @@ class Studio:
         """Media of one's own for a shot, a picture or a film: it conditions the shots that see it (§ 4.3)."""
         board = self.board
         index = board.number(shot)
-        latents = self._encode(Path(file), board.cards[index].size, PixelCodec.named(board.codec), board.fps)
+        latents = self._encode(Path(file), board.cards[index].size, self._codec(board), board.fps)
         self._write_board(replace(self._given(board, index, latents, Path(file).name), action=f"give {shot} {file}"))
 
     def add(self, prompt: str, file: Path | None = None, cut: bool = True) -> None:
@@ -252,7 +256,7 @@ class Studio:
         self._check(board)
         if file is not None:
             size = board.cards[-1].size
-            latents = self._encode(Path(file), size, PixelCodec.named(board.codec), board.fps)
+            latents = self._encode(Path(file), size, self._codec(board), board.fps)
             board = self._given(board, len(board.cards) - 1, latents, Path(file).name)
         self._write_board(board)
 
@@ -304,7 +308,7 @@ class Studio:
         latents = [self._latents(str(card.take)) for card in board.cards]
         media = [f"shot-{i}" for i in range(len(latents))]
         sized = tuple(replace(c, size=x.shape[:3]) for c, x in zip(board.cards, latents, strict=True))
-        codec = PixelCodec.named(board.codec)
+        codec = self._codec(board)
         frames = [codec.decode(x).numpy() for x in latents]
         with new_folder(out) as temporary:
             arrays = {f"{name}.video": x for name, x in zip(media, latents, strict=True)}
@@ -409,8 +413,21 @@ class Studio:
         if self._loaded is None or self._loaded[0] != settings.digest:
             if digest_of(settings.weights) != settings.digest:
                 raise ValueError(f"weights: {settings.weights} is no longer what this project began with; put it back")
-            self._loaded = (settings.digest, *load_model(settings.weights, self.device))
+            model, config = load_model(settings.weights, self.device, settings.pipeline)
+            parts = self._pipeline(settings)
+            if parts is not None:
+                parts.speak_for(model)
+            self._loaded = (settings.digest, model, config)
         return self._loaded[1:]
+
+    def _pipeline(self, settings: Settings) -> Pipeline | None:
+        """The parts of a pipeline that the settings name, loaded as they are asked for."""
+        if settings.pipeline is not None and (self._parts is None or self._parts.folder != Path(settings.pipeline)):
+            self._parts = Pipeline(settings.pipeline, self.device)
+        return None if settings.pipeline is None else self._parts
+
+    def _codec(self, board: Board) -> Codec:
+        return codec_of(board.codec, self.folder, self._pipeline(board.settings))
 
     def _latents(self, take: str) -> np.ndarray:
         return load_file(self.take_folder(take) / LATENTS)["video"]
@@ -427,14 +444,14 @@ class Studio:
         return board.with_card(index, board.action, take=name, size=size, given=True, kept=False)
 
     def _write_take(self, name: str, inputs: Inputs, latents: np.ndarray, caption: str, board: Board) -> None:
-        frames = PixelCodec.named(board.codec).decode(np.ascontiguousarray(latents)).numpy()
+        frames = self._codec(board).decode(np.ascontiguousarray(latents)).numpy()
         with new_folder(self.take_folder(name)) as temporary:
             save_file({"video": np.ascontiguousarray(latents, np.float32)}, temporary / LATENTS)
             write_video(temporary / FILM, frames, board.fps)
             contact_sheet([(name, [frames])], [caption]).save(temporary / SHEET)
             (temporary / TAKE).write_text(json.dumps(inputs, indent=1, ensure_ascii=False), encoding="utf-8")
 
-    def _encode(self, file: Path, size: tuple[int, int, int] | None, codec: PixelCodec, fps: float) -> np.ndarray:
+    def _encode(self, file: Path, size: tuple[int, int, int] | None, codec: Codec, fps: float) -> np.ndarray:
         """A picture (T = 1) or a film as latents; where there is a size, its middle of that size's aspect ratio."""
         suffix = file.suffix.lower()
         if not file.is_file() or suffix not in (*PICTURES, *CONTAINERS):
@@ -457,8 +474,9 @@ class Studio:
         else:
             film = read_video(file, resize=covering)
             step = max(1.0, film.fps / fps)
-            count = min(size[0] if size else len(film.frames), int(np.ceil(len(film.frames) / step)))
-            frames = film.frames[[int(i * step) for i in range(count)]]
+            count = int(np.ceil(len(film.frames) / step))
+            latent = min(size[0] if size else count, 1 + (count - 1) // codec.time_stride)
+            frames = film.frames[[int(i * step) for i in range(1 + (latent - 1) * codec.time_stride)]]
         if size is not None:
             height, width = size[1] * codec.stride, size[2] * codec.stride
             top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from lct.data.atomic import new_folder
 from lct.data.folder import scene_folders
 from lct.data.ingest import ShotFrames, encode_shots, shot_frames
 from lct.data.scenefile import SceneFile, ShotEntry, read_scene, write_scene
 from lct.data.video import film_fps, video_package
-from lct.pretrained.features import TEXT, prompts_of, write_features
+from lct.pretrained.features import TEXT, FeatureTable, prompts_of, write_features
 from lct.pretrained.pipeline import Pipeline
 from lct.progress import counting
 
@@ -49,25 +51,36 @@ def encode(
     steps = {source: _step(films / source, fps) for source in {str(scene.source) for scene in read.values()}}
     left = {f: s for f, s in read.items() if not _is_finished(out / f.relative_to(scenes), s, pipeline, fps)}
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / TEXT).is_file():
-        write_features(out / TEXT, {"": pipeline.encode([""])[0]})
+    if left:
+        _write_null(out, pipeline)
     written = []
     with counting("encode", len(read), len(read) - len(left)) as advance:
         for group in _passes(left):
-            film = films / str(left[group[0]].source)
-            step = steps[str(left[group[0]].source)]
+            source = str(left[group[0]].source)
+            step = steps[source]
             codec = pipeline.codec
             plans = {
                 f: [shot_frames(_span(s), step, max_frames, codec.time_stride) for s in left[f].shots] for f in group
             }
             multiple = codec.stride * max(pipeline.config.patch[1:])
-            media = encode_shots(film, [plan for f in group for plan in plans[f]], codec, side, multiple)
+            media = encode_shots(films / source, [plan for f in group for plan in plans[f]], codec, side, multiple)
             for folder in group:
                 target = out / folder.relative_to(scenes)
                 _write(target, left[folder], plans[folder], media, pipeline, fps)
                 written.append(target)
                 advance(str(folder.relative_to(scenes)))
     return written
+
+
+def _write_null(out: Path, pipeline: Pipeline) -> None:
+    """The null prompt's rows in `out`; ValueError where those there are another pipeline's."""
+    (null,) = pipeline.encode([""])
+    if not (out / TEXT).is_file():
+        write_features(out / TEXT, {"": null})
+        return
+    there = FeatureTable(out).tokenize("")
+    if there.shape != null.shape or not torch.allclose(there, null, rtol=0.05, atol=0.05 * float(null.abs().max())):
+        raise ValueError(f"{out / TEXT}: was encoded with another pipeline; encode into another folder")
 
 
 def _write(target: Path, scene: SceneFile, plans: list[ShotFrames], media: Iterator, pipeline: Pipeline, fps: float):

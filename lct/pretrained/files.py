@@ -26,6 +26,7 @@ CONFIG, SUBFOLDER = "config.json", "transformer"
 WEIGHTS, SUFFIX = "diffusion_pytorch_model", ".safetensors"
 INDEX = f"{WEIGHTS}{SUFFIX}.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SCHEDULER = "scheduler/scheduler_config.json"
 SHARD = 5_000_000_000  # bytes
 
 
@@ -51,6 +52,19 @@ def load_config(folder: str | Path) -> ModelConfig:
         return of_diffusers(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """Configuration and weights of a transformer: all that `load` reads."""
+    folder = _of_transformer(Path(folder))
+    return [folder / CONFIG, *sorted(set(_shards(folder).values()))]
+
+
+def shift_of(folder: str | Path) -> float:
+    """The time shift that a pipeline's scheduler names; 5, as of HunyuanVideo-1.5 and Wan, where there is none."""
+    file = Path(folder) / SCHEDULER
+    content = _json(file) if file.is_file() else {}
+    return float(content.get("flow_shift") or content.get("shift") or 5.0)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> MMDiT:

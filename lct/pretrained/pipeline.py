@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from lct.model.config import HunyuanConfig
 from lct.model.hunyuan import GLYPHS, LANGUAGE
+from lct.model.mmdit import MMDiT
+from lct.model.text import Finished
 from lct.pretrained.files import load_config
 
 INDEX = "model_index.json"
@@ -88,6 +90,22 @@ class Pipeline:
         if prompt not in self._found:
             (self._found[prompt],) = self.encode([prompt])
         return self._found[prompt]
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Compute the rows of all these prompts, and let go of the text encoders, whose memory sampling needs."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._found]
+        self._found |= zip(missing, self.encode(missing), strict=True) if missing else ()
+        self.__dict__.pop("_text", None)
+
+    def speak_for(self, model: MMDiT) -> None:
+        """Become the text encoder of a model tuned from this pipeline's transformer; ValueError for another model."""
+        own, asked = self.config.text_row_channels, model.config.text_row_channels
+        if own != asked:
+            raise ValueError(
+                f"pipeline: {self.folder} makes text rows of {own} channels, the weights read {asked}; "
+                "name the one that they were tuned from"
+            )
+        model.text_encoder = Finished(self.tokenize)
 
 
 def _hunyuan(p: Pipeline, prompts: list[str]) -> list[Tensor]:

@@ -7,7 +7,7 @@ pipeline's own; what a row sees is this project's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
@@ -78,7 +78,8 @@ def use_shots(transformer: Any, shots: Shots, impl: str = "auto") -> Callable[[]
         if shots.texts is not None:
             raise ValueError(f"texts: expected None for {kind}, whose text attends jointly, got {shots.texts}")
         blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
-        layers = [(block.attn, _Hunyuan(shots, impl)) for block in blocks]
+        texts = _Texts()
+        layers = [(block.attn, _Hunyuan(shots, impl, texts)) for block in blocks]
     else:
         raise TypeError(f"transformer: expected one of HunyuanVideo, HunyuanVideo-1.5 or Wan, got {kind}")
     before = [(layer, layer.processor) for layer, _ in layers]
@@ -118,10 +119,29 @@ def _text_plan(shots: Shots, rows: int, words: int, batch: int, device: str) -> 
     return Plan.build(runs, batch * rows, batch * words, device)
 
 
+class _Texts:
+    """How many rows of each text count, asked of the device once a mask: all layers of a pass are given the same."""
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._version, self._counts = -1, ()
+
+    def counts(self, mask: Tensor | None, words: int, batch: int) -> tuple[int, ...]:
+        """Rows that count of each text of `words` rows; they stand first. A new mask waits for the device."""
+        if mask is None:
+            return (words,) * batch
+        if mask is not self._mask or mask._version != self._version or len(self._counts) != batch:
+            of_text = mask.reshape(batch, -1)[:, -words:] if words else mask.new_zeros(batch, 0)
+            self._mask, self._version = mask, mask._version
+            self._counts = tuple(of_text.bool().sum(1).tolist())
+        return self._counts
+
+
 @dataclass
 class _Processor:
     shots: Shots
     impl: str
+    texts: _Texts = field(default_factory=_Texts)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         """[B, rows, A, D] each, packed for one call; returns [B, rows, A·D]."""
@@ -207,7 +227,7 @@ class _Hunyuan(_Processor):
             added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             other = projected(text, added, (attn.norm_added_q, attn.norm_added_k))
         q, k, v = (torch.cat(pair, 1) for pair in zip(own, other, strict=True))
-        counts = _valid(attention_mask, rows, words, len(video))
+        counts = self.texts.counts(attention_mask, words, len(video))
         out = self.attend(q, k, v, _plan(self.shots, rows, counts, rows + words, str(video.device)))
         video_out, text_out = out[:, :rows], out[:, rows:]
         if getattr(attn, "to_out", None) is not None:
@@ -215,11 +235,3 @@ class _Hunyuan(_Processor):
         if getattr(attn, "to_add_out", None) is not None:
             text_out = attn.to_add_out(text_out)
         return video_out, text_out
-
-
-def _valid(mask: Tensor | None, rows: int, words: int, batch: int) -> tuple[int, ...]:
-    """How many rows of each text count; they stand first. Waits for the device."""
-    if mask is None:
-        return (words,) * batch
-    of_text = mask.reshape(batch, -1)[:, -words:] if words else mask.new_zeros(batch, 0)
-    return tuple(of_text.bool().sum(1).tolist())

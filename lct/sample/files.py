@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lct.data.atomic import check_vacant, new_folder
+from lct.data.atomic import check_vacant, new_file, new_folder
 from lct.data.latents import Codec, PixelCodec, patchify, size_in_patches, unpatchify
 from lct.data.scenefile import SceneFile, ShotEntry, load_shot, read_scene, write_scene
 from lct.data.scenes import ShotSample, shot_prompt
@@ -16,6 +17,7 @@ from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet
 from lct.model.config import Memory
 from lct.model.mmdit import MMDiT
+from lct.pretrained.pipeline import Pipeline
 from lct.sample.autoregressive import autoregressive
 from lct.sample.joint import joint
 from lct.sample.request import Sampling, SceneRequest, ShotRequest
@@ -35,38 +37,37 @@ def sample_scene(
     fps: float | None = None,
     impl: str = "auto",
     context: int = CONTEXT,
-    codec: Codec | None = None,
+    pipeline: Pipeline | None = None,
     memory: Memory | None = None,
 ) -> Path:
-    """Generate every shot of a scene file that has no media, into the new folder `out`, whole or not at all.
+    """Generate every shot of a scene file that has no media, into the new folder `out`; then decode all shots there.
 
     visibility  what the weights were trained with; context-causal ones generate over a KV cache
     mode        "auto-regressive", "joint", or None for what suits the visibility
     fps         of the films; None for the scene file's own
     context     shots that one sees by default, itself included: as many as the weights had in training
-    codec       what turns latents into frames; None for the one that the scene file names
+    pipeline    whose transformer the weights were tuned from: its text encoders read the prompts, its VAE makes frames
     memory      of finished shots, where it should not be that of a plain cache
 
-    `out` holds `scene/` (the scene file and all latents), `shot-N.mp4` and a contact sheet. ValueError, before anything
-    is generated, where a shot has no size or one that the model's patch does not divide, where given latents are not
-    the model's, and where all shots are given.
+    `out` holds `scene/` (the scene file and all latents, whole or not at all), `shot-N.mp4` and a contact sheet.
+    Latents are on disk before they are decoded: see `decode_scene`. ValueError, before anything is generated, where a
+    shot has no size or one that the model's patch does not divide, where given latents are not the model's, and where
+    all shots are given.
     """
     check_vacant(out)
     video_package("av")
     file = read_scene(scene_path)
     folder = scene_path if scene_path.is_dir() else scene_path.parent
-    fps = (file.fps or DEFAULT_FPS) if fps is None else fps
-    if not 0 < fps < float("inf"):
-        raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
-    named = file.codec if codec is None else codec.name
-    codec = codec or PixelCodec.named(file.codec or "pixel/1")
-    if file.codec not in (None, codec.name):
-        raise ValueError(f"{scene_path}: expected latents of {codec.name}, got those of {file.codec}; encode it again")
+    fps = _rate(file, fps)
+    codec = codec_of(file.codec, scene_path, pipeline)
     given = {i: load_shot(folder, file, i) for i, entry in enumerate(file.shots) if entry.media is not None}
     if len(given) == len(file.shots):
         raise ValueError(f"{scene_path}: every shot has media, nothing to generate; add a [[shot]] without media")
     shots = tuple(_request(model, folder, i, entry, given.get(i)) for i, entry in enumerate(file.shots))
     request = SceneRequest(None if file.global_prompt is None else file.global_prompt.text(), shots)
+    if pipeline is not None:
+        pipeline.speak_for(model)
+        pipeline.prepare([request.global_prompt or "", *(shot.prompt for shot in shots), ""])
 
     causal = visibility == "context_causal"
     mode = mode or ("auto-regressive" if causal else "joint")
@@ -91,7 +92,6 @@ def sample_scene(
         given[i].latents if i in given else unpatchify(rows.float().cpu(), shot.video, model.config.patch).numpy()
         for i, (rows, shot) in enumerate(zip(latents, shots, strict=True))
     ]
-    frames = [codec.decode(np.ascontiguousarray(video)).numpy() for video in videos]
     entries = tuple(
         replace(entry, seed=shot.seed, media=f"shot-{i}", size=video.shape[:3])
         for i, (entry, shot, video) in enumerate(zip(file.shots, shots, videos, strict=True))
@@ -99,13 +99,53 @@ def sample_scene(
     arrays = {f"shot-{i}.video": video for i, video in enumerate(videos)}
     arrays |= {f"shot-{i}.images": shot.images for i, shot in given.items() if len(shot.images)}
     with new_folder(out) as temporary:
+        named = file.codec if pipeline is None else codec.name
         write_scene(temporary / SCENE, replace(file, shots=entries, codec=named), arrays)
-        for i, shown in enumerate(frames):
-            write_video(temporary / f"shot-{i}.mp4", shown, fps)
-        captions = [shot_prompt(entry.prompt, entry.cut) for entry in entries]
-        marks = {("scene", i) for i in given}
-        contact_sheet([("scene", frames)], captions, given=marks).save(temporary / SHEET)
+    try:
+        return decode_scene(out / SCENE, out, fps, pipeline, given)
+    except Exception as error:
+        error.add_note(f"the latents are in {out / SCENE}; lct decode {out / SCENE} --out {out} makes films of them")
+        raise
+
+
+def codec_of(name: str | None, path: Path, pipeline: Pipeline | None) -> Codec:
+    """What turns latents of the codec called `name` into frames: the pipeline's VAE, or what the name says. ValueError,
+    which begins with `path`, for latents of another."""
+    codec = PixelCodec.named(name or "pixel/1") if pipeline is None else pipeline.codec
+    if name not in (None, codec.name):
+        raise ValueError(f"{path}: expected latents of {codec.name}, got those of {name}; encode it again")
+    return codec
+
+
+def decode_scene(
+    scene: Path, out: Path, fps: float | None = None, pipeline: Pipeline | None = None, given: Collection[int] = ()
+) -> Path:
+    """`shot-N.mp4` of every shot of a scene with latents, and a contact sheet, in the folder `out`; one shot at a time.
+
+    fps    of the films; None for the scene file's own
+    given  shots that the sheet marks as given
+    """
+    video_package("av")
+    file = read_scene(scene)
+    codec, rate = codec_of(file.codec, scene, pipeline), _rate(file, fps)
+    out.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for i in range(len(file.shots)):
+        frames = codec.decode(load_shot(scene if scene.is_dir() else scene.parent, file, i).latents).numpy()
+        with new_file(out / f"shot-{i}.mp4") as temporary:
+            write_video(temporary, frames, rate)
+        shown.append(frames)
+    captions = [shot_prompt(entry.prompt, entry.cut) for entry in file.shots]
+    with new_file(out / SHEET) as temporary:
+        contact_sheet([("scene", shown)], captions, given={("scene", i) for i in given}).save(temporary)
     return out
+
+
+def _rate(file: SceneFile, fps: float | None) -> float:
+    fps = (file.fps or DEFAULT_FPS) if fps is None else fps
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
+    return fps
 
 
 def _chosen(folder: Path, file: SceneFile, context: int) -> list[list[int]] | None:

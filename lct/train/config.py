@@ -84,6 +84,8 @@ class TrainConfig:
     text_scale_steps: int = 0
     lora: int = 0
     """Rank of low-rank changes that alone are trained, beside the frozen weights of `init`; 0 trains all weights."""
+    init_digest: str | None = None
+    """Hash of the weights of `init` that low-rank changes are trained beside; a run finds it out when it begins."""
 
     def __post_init__(self):
         if self.visibility not in VISIBILITIES:

@@ -22,19 +22,9 @@ from lct.model.flow import logit_normal, noised, shift_time, shot_losses, shot_s
 from lct.model.mmdit import MMDiT
 from lct.model.text import Finished
 from lct.pretrained.features import FeatureTable, prompts_of
-from lct.train.checkpoint import (
-    assign_weights,
-    available,
-    checkpoints,
-    latest,
-    load_config,
-    save_checkpoint,
-    starting_model,
-    trained,
-    verify,
-    with_model_of_init,
-)
+from lct.train.checkpoint import checkpoints, latest, load_config, save_checkpoint, verify
 from lct.train.config import TrainConfig
+from lct.train.weights import assign_weights, available, settled, starting_model, trained
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, out: str | Path, device: str = "cpu", impl: str = "auto"):
-        config = with_model_of_init(config)
+        config = settled(config)
         self.config, self.out, self.device, self.impl = config, Path(out), available(device), impl
         self.dataset = dataset(config)
         encoder = None if config.model.vocabulary else _features(config, self.dataset)

@@ -1,0 +1,185 @@
+"""Weights in and out: files to share, checkpoints, transformers of diffusers; and models made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lct.data.atomic import new_file, sha256_of
+from lct.model.families import build
+from lct.model.lora import add_lora, merge_lora
+from lct.model.mmdit import MMDiT
+from lct.pretrained.files import is_diffusers, load, shift_of, weight_files
+from lct.pretrained.files import load_config as diffusers_config
+from lct.train.checkpoint import latest, load_config, verify
+from lct.train.config import TrainConfig
+from lct.train.runs import untuned
+
+SCALE = ".scale"  # ends the names of the scales of 8-bit matrices
+ASSET, ASSETS = "asset:", Path(__file__).parents[1] / "assets"
+
+
+def save_weights(
+    file: Path, weights: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype = torch.float16
+) -> None:
+    """Weights to share, in one safetensors file that carries the configuration they were trained with.
+
+    dtype  int8 stores matrices in 8 bits with a scale for each row, for weights that must be small
+    """
+    with new_file(file) as temporary:
+        shared = {}
+        for name, weight in weights.items():
+            weight = weight.detach().cpu()
+            if dtype == torch.int8 and weight.ndim > 1:
+                scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+                shared[f"{name}{SCALE}"] = scale
+                weight = (weight.float() / scale).round()
+            small = torch.float16 if dtype == torch.int8 and weight.ndim < 2 else dtype
+            shared[name] = weight.to(small).contiguous()
+        save_file(shared, temporary, metadata={"config": json.dumps(asdict(config))})
+        temporary.chmod(0o644)  # safetensors writes files for their owner alone
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
+    """Weights and their configuration, from a file of `save_weights`, an "asset:NAME" of this package, or the moving
+    average from a checkpoint or a folder of checkpoints, whose hashes are checked first."""
+    path = _resolved(path)
+    if path.suffix != ".safetensors":
+        folder = latest(path)
+        step, config = verify(folder)["step"], load_config(folder)
+        # weights on the way to the paper's positions are used at the positions that they have come to
+        config = replace(config, text_scale=config.text_scale_at(step), text_scale_start=None, text_scale_steps=0)
+        return load_file(folder / "ema.safetensors"), config
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            scales = {name.removesuffix(SCALE): stored.pop(name) for name in list(stored) if name.endswith(SCALE)}
+            weights = {name: w.float() * scales[name] if name in scales else w for name, w in stored.items()}
+            return weights, TrainConfig.from_dict(config)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a weights file of this project, or a damaged one ({error!r})") from None
+
+
+def _resolved(path: str | Path) -> Path:
+    """The file of an "asset:NAME", other paths as they are."""
+    if str(path).startswith(ASSET):
+        return ASSETS / f"{str(path).removeprefix(ASSET)}.safetensors"
+    return Path(path)
+
+
+def digest_of(path: str | Path) -> str:
+    """A hash that tells these weights from others: of the file, of the newest checkpoint's manifest, or of all files of
+    a transformer of diffusers."""
+    path = _resolved(path)
+    if is_diffusers(path):
+        files = {file.name: sha256_of(file) for file in weight_files(path)}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
+        return sha256_of(path)
+    return verify(latest(path))["sha256"]
+
+
+def available(device: str | torch.device) -> torch.device:
+    """The device, or a ValueError that says what there is."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"device: expected one of {there}, got {device!r} ({str(error).splitlines()[0]})") from None
+    return torch.device(device)
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", base: str | Path | None = None
+) -> tuple[MMDiT, TrainConfig]:
+    """A model ready to sample from, and the configuration it was trained with; see `load_weights`. A transformer of
+    diffusers is a model that knows single shots: its configuration is `untuned`.
+
+    base  where the weights lie that low-rank changes were trained beside and are merged into; None: where they lay then
+
+    ValueError where those are other weights than the changes were trained beside.
+    """
+    device = available(device)
+    if is_diffusers(path):
+        return load(path, device), config_of(path)
+    weights, config = load_weights(path)
+    if config.lora:
+        config = config if base is None else replace(config, init=str(base))
+        assert config.init is not None  # as `TrainConfig` checks
+        if config.init_digest not in (None, digest_of(config.init)):
+            raise ValueError(f"{path}: its low-rank changes were trained beside other weights than {config.init} holds")
+        model = starting_model(config, device)
+        assign_weights(trained(model), weights, path)
+        merge_lora(model)
+    else:
+        model = build(config.model)
+        assign_weights(trained(model), weights, path)
+    return model.to(device).eval().requires_grad_(False), config
+
+
+def starting_model(config: TrainConfig, device: str | torch.device = "cpu") -> MMDiT:
+    """The model as the first step of a run finds it: new, or with the weights of `init`, and low-rank changes where it
+    trains those. Weights that are trained are fp32."""
+    init = config.init
+    if init is not None and is_diffusers(init):
+        model = load(init, device, None if config.lora else torch.float32).train().requires_grad_(True)
+    elif init is not None and (config.lora or config_of(init).lora):
+        model = load_model(init, device)[0].train()
+        model = model if config.lora else model.float().requires_grad_(True)
+    else:
+        torch.manual_seed(config.seed)
+        model = build(config.model).to(device)
+        if init is not None:
+            assign_weights(trained(model), load_weights(init)[0], init)
+    if config.lora:
+        add_lora(model, config.lora, seed=config.seed)
+    return model
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """A run with what the weights say that it starts from: the model, of an open one, which they know better than a
+    preset, and their hash, where low-rank changes are trained beside them."""
+    if config.init is None:
+        return config
+    if config.model.family != "mmdit" or is_diffusers(config.init):
+        config = replace(config, model=config_of(config.init).model)
+    return replace(config, init_digest=digest_of(str(config.init))) if config.lora else config
+
+
+def config_of(path: str | Path) -> TrainConfig:
+    """The configuration beside weights, as `load_model` gives it, without the weights of a checkpoint."""
+    if is_diffusers(path):
+        return untuned(diffusers_config(path), shift_of(path))
+    path = _resolved(path)
+    return load_weights(path)[1] if path.suffix == ".safetensors" else load_config(latest(path))
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def assign_weights(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
+    """Copy weights into those of a model of the same shape; ValueError names what does not fit."""
+    for name in own.keys() ^ weights.keys():
+        what = "is not in the model" if name in weights else "is missing"
+        raise ValueError(f"{source}: weight {name} {what}; the file belongs to another model configuration")
+    for name, weight in weights.items():
+        if weight.shape != own[name].shape:
+            expected, got = tuple(own[name].shape), tuple(weight.shape)
+            raise ValueError(f"{source}: weight {name}: expected shape {expected}, got {got}; another configuration")
+    for name, weight in weights.items():
+        own[name].copy_(weight)

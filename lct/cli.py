@@ -10,7 +10,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -49,10 +49,12 @@ class TrainCommand:
     def run(self) -> None:
         from lct.progress import training
         from lct.train.trainer import Trainer
-        from lct.train.weights import load_weights, save_weights
+        from lct.train.weights import config_of, load_weights, save_weights
 
         if self.share is not None and self.share.suffix != ".safetensors":
             raise ValueError(f"share: expected a name that ends in .safetensors, got {self.share}")
+        if self.share is not None and self.config.lora and config_of(str(self.config.init)).lora:
+            raise ValueError("share: the changes of two stages do not fit one file; share the model of lct export")
         config, out = self.config, self.out or Path("runs") / self.config.name
         trainer = Trainer(config, out, self.device, self.impl)
         if trainer.resume():
@@ -122,11 +124,19 @@ def sample(
             text encoders and VAE.
         memory: Where and how finished shots are kept, for long scenes and large models.
     """
-    from lct.sample.files import sample_scene
+    from lct.data.scenefile import read_scene
+    from lct.sample.files import prompts_read, sample_scene
     from lct.sample.request import Sampling
-    from lct.train.weights import load_model
+    from lct.train.weights import config_of, load_model
 
     folder = (scene if scene.is_dir() else scene.parent).resolve()
+    pipeline = weights if pipeline is None and (weights / "model_index.json").is_file() else pipeline
+    parts = _pipeline(pipeline, device, dtype)
+    if parts is not None:  # text encoders come and go before the model, so that they need not fit beside it
+        config = config_of(weights)
+        parts.check(config.model)
+        shared, prompts = prompts_read(read_scene(scene), config.data.shots)
+        parts.prepare([shared or "", *prompts, ""])
     model, config = load_model(weights, device, pipeline)
     options = {"guidance": guidance, "history_guidance": history_guidance, "history_time": history_time, "keep": keep}
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
@@ -134,12 +144,12 @@ def sample(
     print(
         sample_scene(
             model, scene, target, sampling, config.visibility, mode, fps, impl, config.data.shots,
-            _pipeline(pipeline, device, dtype), None if memory == AS_IT_IS else memory,
+            parts, None if memory == AS_IT_IS else memory,
         )
     )  # fmt: skip
 
 
-def _pipeline(folder: Path | None, device: str, dtype: str | None):
+def _pipeline(folder: Path | None, device: str, dtype: str | None, batch: int = 8) -> Any:
     """The parts of a pipeline beside its transformer; None where none is named."""
     if folder is None:
         return None
@@ -147,7 +157,7 @@ def _pipeline(folder: Path | None, device: str, dtype: str | None):
 
     from lct.pretrained.pipeline import Pipeline
 
-    return Pipeline(folder, device, getattr(torch, dtype or "float32"))
+    return Pipeline(folder, device, getattr(torch, dtype or "float32"), batch)
 
 
 def decode(
@@ -193,6 +203,8 @@ class DirectCommand:
     """t_c, the noise level of takes as history (§ 4.2)."""
     fps: float | None = None
     """Frames a second of the films; the scene file's by default."""
+    dtype: str | None = None
+    """Of the streams and text encoders, such as bfloat16; the weights' own by default."""
     pipeline: str | None = None
     """Folder of a diffusers pipeline, for weights tuned from its transformer: its text encoders and VAE."""
     device: str = "cpu"
@@ -278,30 +290,32 @@ def encode(
         device: Such as cuda.
         dtype: Of VAE and text encoders.
     """
-    import torch
-
     from lct.pretrained.encode import encode as run_encode
-    from lct.pretrained.pipeline import Pipeline
 
-    parts = Pipeline(pipeline, device, getattr(torch, dtype), batch)
-    for folder in run_encode(scenes, parts, films, out, side, fps, max_frames):
+    for folder in run_encode(scenes, _pipeline(pipeline, device, dtype, batch), films, out, side, fps, max_frames):
         print(folder)
 
 
-def export(weights: tyro.conf.Positional[Path], out: Path, dtype: Literal["float32", "bfloat16"] = "bfloat16") -> None:
+def export(
+    weights: tyro.conf.Positional[Path],
+    out: Path,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    pipeline: Path | None = None,
+) -> None:
     """Write tuned weights as the transformer of a diffusers pipeline, low-rank changes merged.
 
     Args:
-        weights: A checkpoint folder of a run that began from such a transformer.
+        weights: A checkpoint folder of a run that began from such a transformer, or its .safetensors file.
         out: New folder, with config.json and safetensors.
         dtype: Of the weights.
+        pipeline: Where that transformer or its pipeline lies now, for low-rank changes; where it lay then by default.
     """
     import torch
 
     from lct.pretrained.files import save
     from lct.train.weights import load_model
 
-    model, _ = load_model(weights)
+    model, _ = load_model(weights, base=pipeline)
     print(save(model.to(getattr(torch, dtype)), out))
 
 

@@ -14,9 +14,8 @@ TEMPLATE = (
 def byte_tokenizer(folder: Path):
     """Qwen's tokenizer without merges: a token a byte."""
     from transformers import Qwen2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    vocabulary = {symbol: i for i, symbol in enumerate(bytes_to_unicode().values())}
+    vocabulary = {symbol: i for i, symbol in enumerate(bytes_to_symbols())}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>", eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = TEMPLATE
@@ -52,6 +51,45 @@ def hunyuan15(folder: Path, seed: int = 0) -> Path:
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder
+
+
+def hunyuan(folder: Path, seed: int = 0) -> Path:
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel
+
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer(folder)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2
+    )
+    letters = [*bytes_to_symbols(), *(f"{symbol}</w>" for symbol in bytes_to_symbols())]
+    vocabulary = {symbol: i for i, symbol in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    pooled = CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=vocabulary["<|endoftext|>"], projection_dim=16,
+    )  # fmt: skip
+    pipeline = diffusers.HunyuanVideoPipeline(
+        text_encoder=LlamaModel(text),
+        tokenizer=tokenizer,
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
+            **SIDE, rope_axes_dim=(8, 12, 12), in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
+            num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=16,
+        ),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=CLIPTextModel(pooled),
+        tokenizer_2=CLIPTokenizer(vocab=vocabulary, merges=[]),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def bytes_to_symbols() -> list[str]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return list(bytes_to_unicode().values())
 
 
 def wan(folder: Path, seed: int = 0) -> Path:

@@ -417,8 +417,8 @@ def test_settings_and_weights_are_inputs(studio, weights, tmp_path):
     assert states(again) == ["stale"] * 3
     again.undo()
     assert states(again) == ["made"] * 3
-    moved = Studio.open(studio.folder, {"weights": str(tmp_path / "other.safetensors")})
     shutil.copy(small_weights(tmp_path, "bidirectional"), tmp_path / "other.safetensors")
+    moved = Studio.open(studio.folder, {"weights": str(tmp_path / "other.safetensors")})
     assert states(moved) == ["made"] * 3
     with pytest.raises(ValueError, match="no longer what this project began with"):
         moved.reroll(1)

@@ -31,7 +31,8 @@ import pipelines
 
 from lct.pretrained.pipeline import Pipeline
 
-NAMES = ("hunyuan15", "wan")
+NAMES = ("hunyuan", "hunyuan15", "wan")
+SHIFTS = {"hunyuan": 7.0, "hunyuan15": 5.0, "wan": 5.0}
 FPS, FRAMES = 6.0, 9
 
 
@@ -170,17 +171,25 @@ size = [3, 8, 8]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_open_model_as_released(name, folders, tmp_path):
-    """It knows single shots: each shot of a scene is what it makes of that shot alone."""
-    (tmp_path / "scene.toml").write_text(SHOTS)
-    (tmp_path / "second.toml").write_text(SHOTS.replace("a boat", "a whale"))
+    """It knows single shots: each shot of a scene is what it makes of that shot alone, without mark or global prompt;
+    directing makes the same."""
+    alone = '[[shot]]\ncut = true\nprompt = "sea. a gull"\nsize = [3, 8, 8]\nseed = 1\n'
+    scenes = {"scene": SHOTS, "second": SHOTS.replace("a boat", "a whale"), "alone": alone}
     made = []
-    for scene in ("scene", "second"):
-        command = ["sample", tmp_path / f"{scene}.toml", "--weights", folders[name], "--pipeline", folders[name]]
+    for scene, text in scenes.items():
+        (tmp_path / f"{scene}.toml").write_text(text)
+        command = ["sample", tmp_path / f"{scene}.toml", "--weights", folders[name]]
         assert main([*map(str, command), "--steps", "2", "--out", str(tmp_path / f"{scene}-made")]) == 0
         made.append(load_file(tmp_path / f"{scene}-made" / "scene" / "latents.safetensors"))
     _, config = load_model(folders[name])
-    assert (config.visibility, config.text_scale, config.shift) == ("isolated", 0.0, 5.0)
+    assert (config.visibility, config.text_scale, config.shift) == ("isolated", 0.0, SHIFTS[name])
     assert np.array_equal(made[0]["shot-1.video"], made[1]["shot-1.video"])
+    assert np.allclose(made[0]["shot-1.video"], made[2]["shot-0.video"], atol=1e-5)
+    project = tmp_path / "project"
+    begin = ["--weights", folders[name], "--project", project, "--steps", "2", "make", "2"]
+    assert main([str(x) for x in ("direct", tmp_path / "scene.toml", *begin)]) == 0
+    (take,) = (project / "takes").iterdir()
+    assert np.allclose(load_file(take / "latents.safetensors")["video"], made[2]["shot-0.video"], atol=1e-5)
     assert not np.array_equal(made[0]["shot-0.video"], made[1]["shot-0.video"])
 
 
@@ -214,7 +223,9 @@ def tuned(name, stage, folder, source, steps=20, **changes):
     return config
 
 
-@pytest.mark.parametrize(("name", "stage"), [("hunyuan15", "hunyuan15_lct"), ("wan", "wan5b_lct")])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("hunyuan", "hunyuan15_lct"), ("hunyuan15", "hunyuan15_lct"), ("wan", "wan5b_lct")]
+)
 def test_the_guide(name, stage, folders, encoded, tmp_path, capsys):
     """Tune low-rank changes for twenty steps, resume, generate a shot, decode it to mp4, and hand it to diffusers."""
     config = tuned(name, stage, folders[name], encoded(name), lora=4)
@@ -251,6 +262,10 @@ def test_the_guide(name, stage, folders, encoded, tmp_path, capsys):
     moved = shutil.copytree(folders[name], tmp_path / "moved")  # low-rank changes find their base where it is named
     share = tmp_path / "share.safetensors"
     save_weights(share, *load_weights(tmp_path / "run"))
+    two = replace(config, init=str(tmp_path / "run"), text_scale_start=None, text_scale_steps=0, steps=2, save_every=2)
+    Trainer(two, tmp_path / "second").run()
+    second = [*command, "--weights", str(tmp_path / "second"), "--pipeline", str(moved)]
+    assert main([*second, "--out", str(tmp_path / "second-made")]) == 0
     again = [*command, "--pipeline", str(moved), "--weights", str(share), "--out", str(tmp_path / "again")]
     assert main(again) == 0
     other = getattr(pipelines, name)(tmp_path / "other", seed=1)
@@ -271,7 +286,7 @@ def test_the_guide(name, stage, folders, encoded, tmp_path, capsys):
     assert all(torch.equal(w, reloaded.state_dict()[key]) for key, w in model.state_dict().items())
     before = kind.from_pretrained(folders[name], subfolder="transformer").state_dict()
     changed = {key for key, w in exported.state_dict().items() if not torch.equal(w, before[key])}
-    assert changed and all("attn" in key for key in changed)
+    assert changed and all("attn" in key or "proj_out" in key for key in changed)
 
 
 def test_all_weights_can_be_tuned_and_tuned_further(folders, encoded, tmp_path):

@@ -108,6 +108,8 @@ def test_the_mask_is_read_once_a_pass(monkeypatch):
     mask[0, 1] = 0  # the same tensor, and no longer the same mask
     assert texts.counts(mask, 3, 1) == (1,)
     assert torch.equal(first, seen(module, Shots((2, 3)), given))
+    with torch.inference_mode():  # whose tensors count no changes
+        assert torch.equal(first, seen(module, Shots((2, 3)), inputs("hunyuan15", module)))
 
 
 def test_what_does_not_fit_is_refused():

@@ -170,7 +170,7 @@ def load_sample(folder: str | Path) -> SceneSample:
 
 def load_shot(folder: str | Path, scene: SceneFile, index: int) -> ShotSample:
     """Shot `index` of the scene in `folder` with its latents; K = 0 images where none are stored."""
-    media, shot = _media(folder, scene, index), scene.shots[index]
+    media, shot = media_of(folder, scene, index), scene.shots[index]
     with safe_open(Path(folder) / LATENTS, framework="np") as stored:
         video = stored.get_tensor(f"{media}.video")
         images = stored.get_tensor(f"{media}.images") if f"{media}.images" in set(stored.keys()) else video[:0]
@@ -179,10 +179,11 @@ def load_shot(folder: str | Path, scene: SceneFile, index: int) -> ShotSample:
 
 def video_shape(folder: str | Path, scene: SceneFile, index: int) -> tuple[int, ...]:
     """(T, H, W, C) of the latents of shot `index`, without reading them; ValueError where it has none."""
-    return _shapes(Path(folder) / LATENTS)[f"{_media(folder, scene, index)}.video"]
+    return _shapes(Path(folder) / LATENTS)[f"{media_of(folder, scene, index)}.video"]
 
 
-def _media(folder: str | Path, scene: SceneFile, index: int) -> str:
+def media_of(folder: str | Path, scene: SceneFile, index: int) -> str:
+    """The name of a shot's latents; ValueError where it has none."""
     media = scene.shots[index].media
     if media is None:
         table = Table({}, str(Path(folder) / SCENE), f"shot {index + 1}: ")

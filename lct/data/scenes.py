@@ -15,6 +15,11 @@ def shot_prompt(prompt: str, cut: bool) -> str:
     return f"{SHOT_CUT} {prompt}".strip() if cut else prompt
 
 
+def single_prompt(shared: str | None, prompt: str) -> str:
+    """The text that a model reads which knows single shots alone: what scenes share stands before it, without marks."""
+    return ". ".join(part for part in (shared, prompt) if part)
+
+
 @dataclass(frozen=True)
 class ShotSample:
     """One shot of a scene.

@@ -22,7 +22,10 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How takes are made: part of every take's inputs, but for where things lie. digest is a hash of the weights."""
+    """How takes are made: part of every take's inputs, but for where things lie.
+
+    digest, parts  hashes of the weights, and of text encoders and VAE where a pipeline is named
+    """
 
     weights: str
     digest: str
@@ -30,7 +33,9 @@ class Settings:
     guidance: float = 1.5
     history_guidance: float = 1.0
     history_time: float = 0.1
+    dtype: str | None = None
     pipeline: str | None = None
+    parts: str | None = None
 
 
 PLACES = ("weights", "pipeline")  # settings that say where things lie
@@ -161,7 +166,7 @@ class Board:
                 f"shot {index + 1} sees shot {missing[0]}, of which there is no take; `make {missing[0]}`, "
                 f"or choose with `sees {index + 1} …`"
             )
-        settings = {key: value for key, value in asdict(self.settings).items() if key not in PLACES}
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in PLACES and v is not None}
         return {
             "shot": card.name,
             "prompt": shot_prompt(card.prompt, card.cut),

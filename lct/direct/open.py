@@ -7,6 +7,7 @@ from typing import Any
 
 from lct.direct.board import Settings
 from lct.direct.studio import BOARDS, Studio
+from lct.pretrained.pipeline import INDEX, Pipeline
 from lct.train.weights import config_of, digest_of
 
 
@@ -31,6 +32,10 @@ def open_studio(
     changes: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     if weights is not None:
         changes |= {"weights": weights, "digest": digest_of(weights)}
+        if (Path(weights) / INDEX).is_file():
+            changes.setdefault("pipeline", weights)
+    if "pipeline" in changes:
+        changes["parts"] = Pipeline(changes["pipeline"]).digest
     if (project / BOARDS).is_dir():
         return Studio.open(project, changes, device=device, impl=impl, report=print)
     if weights is None:

@@ -23,7 +23,7 @@ from lct.data.atomic import check_vacant, new_file, new_folder
 from lct.data.ingest import fit
 from lct.data.latents import Codec, patchify, size_in_patches, unpatchify
 from lct.data.scenefile import load_shot, parse_scene, read_scene, scene_text, write_scene
-from lct.data.scenes import shot_prompt
+from lct.data.scenes import shot_prompt, single_prompt
 from lct.data.video import CONTAINERS, read_video, video_package, write_video
 from lct.direct.board import Board, Card, Inputs, Settings, take_name
 from lct.draw import contact_sheet
@@ -31,7 +31,7 @@ from lct.pretrained.pipeline import Pipeline
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
 from lct.sample.files import DEFAULT_FPS, codec_of
 from lct.sample.select import CONTEXT, choose
-from lct.train.weights import digest_of, load_model
+from lct.train.weights import config_of, digest_of, load_model
 
 BOARDS, TAKES = "boards", "takes"
 TAKE, LATENTS, FILM, SHEET = "take.json", "latents.safetensors", "shot.mp4", "sheet.png"
@@ -55,7 +55,7 @@ class Studio:
             raise ValueError(
                 f"{self.folder}: expected a director's project; begin one with lct direct SCENE --weights …"
             )
-        self._loaded: tuple[str, Any, Any] | None = None
+        self._loaded: tuple[tuple[str, str | None], Any, Any] | None = None
         self._parts: Pipeline | None = None
         self._last = ""  # key of the board that this studio wrote last
 
@@ -68,12 +68,14 @@ class Studio:
         check_vacant(folder)
         video_package("av")
         file = read_scene(scene)
-        board = Board.of(file, settings, fps or file.fps or DEFAULT_FPS, context)
+        rate = DEFAULT_FPS if settings.pipeline is None else Pipeline(settings.pipeline).fps
+        board = Board.of(file, settings, fps or file.fps or rate, context)
         source = scene if scene.is_dir() else scene.parent
         with new_folder(folder) as temporary:
             (temporary / BOARDS).mkdir()
             (temporary / TAKES).mkdir()
             studio = cls(temporary, **options)
+            studio._check_settings(settings)
             board = replace(board, codec=codec_of(file.codec, scene, studio._pipeline(settings)).name)
             for i, entry in enumerate(file.shots):
                 if entry.media is not None:
@@ -90,6 +92,9 @@ class Studio:
         board = studio.board
         settings = replace(board.settings, **changes)
         if settings != board.settings:
+            if {"weights", "pipeline"} & changes.keys():
+                studio._check_settings(settings)
+            codec_of(board.codec, folder, studio._pipeline(settings))
             studio._write_board(replace(board, settings=settings, action=f"settings {' '.join(changes)}"))
         return studio
 
@@ -368,6 +373,7 @@ class Studio:
         name = take_name(inputs)
         if not (self.take_folder(name) / TAKE).is_file():
             self._generate(board, index, inputs, name)
+        self._show(name, board)
         kept = board.cards[index].kept and board.cards[index].take == name
         self._write_board(board.with_card(index, action, take=name, kept=kept, given=False), again)
         self.report(f"shot {index + 1}: {self.take_folder(name)}")
@@ -385,21 +391,30 @@ class Studio:
         patch, card, s = model.config.patch, board.cards[index], board.settings
         size = self._sized(board, index)
         sampling = Sampling.of(
-            config, steps=s.steps, guidance=s.guidance, history_guidance=s.history_guidance, history_time=s.history_time
-        )
+            config, steps=s.steps, guidance=s.guidance, history_guidance=s.history_guidance,
+            history_time=s.history_time, dtype=s.dtype,
+        )  # fmt: skip
         seen = board.seen(index)
+        if seen and config.data.shots == 1:
+            raise ValueError(f"sees: {s.weights} knows single shots; choose with `sees {index + 1} none`")
         history = [self._history(board, i, patch, s.history_time) for i in seen]
-        new = ShotRequest(inputs["prompt"], size_in_patches(size, patch), card.seed)
+        shared, prompt = inputs["global"], inputs["prompt"]
+        if config.data.shots == 1:
+            shared, prompt = None, single_prompt(shared, card.prompt)
+        parts = self._pipeline(s)
+        if parts is not None:
+            parts.prepare([shared or "", prompt, *(shot.prompt for shot in history), ""])
+        new = ShotRequest(prompt, size_in_patches(size, patch), card.seed)
         if config.visibility == "context_causal":
-            request = SceneRequest(inputs["global"], (*history, new))
+            request = SceneRequest(shared, (*history, new))
             rows = autoregressive(model, [request], sampling, impl=self.impl)[0][-1]
         else:  # a shot may see what comes after it: given shots 1 and 3, make 2
             before = tuple(shot for i, shot in zip(seen, history, strict=True) if i < index)
             after = tuple(shot for i, shot in zip(seen, history, strict=True) if i > index)
-            request = SceneRequest(inputs["global"], (*before, new, *after))
-            rows = joint(model, [request], sampling, impl=self.impl)[0][len(before)]
+            request = SceneRequest(shared, (*before, new, *after))
+            rows = joint(model, [request], sampling, config.visibility, self.impl)[0][len(before)]
         latents = unpatchify(rows.float().cpu(), new.video, patch).numpy()
-        self._write_take(name, inputs, latents, inputs["prompt"], board)
+        self._write_take(name, inputs, latents, board)
 
     def _history(self, board: Board, index: int, patch: tuple[int, int, int], time: float) -> ShotRequest:
         """A finished shot as what a new one sees: given media at t = 0, takes at t_c, with noise of their own seeds."""
@@ -409,21 +424,32 @@ class Studio:
         seed, when = (0, 0.0) if board.cards[index].given else (made_from["seed"], time)
         return ShotRequest(made_from["prompt"], size_in_patches(latents.shape, patch), seed, rows, when)
 
+    def _check_settings(self, settings: Settings) -> None:
+        """ValueError where weights and pipeline do not belong together, before anything is written."""
+        config, parts = config_of(settings.weights).model, self._pipeline(settings)
+        if parts is not None:
+            parts.check(config)
+        elif not config.vocabulary:
+            raise ValueError(
+                f"pipeline: {settings.weights} reads features of a pipeline's text encoders; name its folder"
+            )
+
     def _model(self, settings: Settings):
-        if self._loaded is None or self._loaded[0] != settings.digest:
+        key = (settings.digest, settings.pipeline)
+        if self._loaded is None or self._loaded[0] != key:
             if digest_of(settings.weights) != settings.digest:
                 raise ValueError(f"weights: {settings.weights} is no longer what this project began with; put it back")
             model, config = load_model(settings.weights, self.device, settings.pipeline)
             parts = self._pipeline(settings)
             if parts is not None:
                 parts.speak_for(model)
-            self._loaded = (settings.digest, model, config)
+            self._loaded = (key, model, config)
         return self._loaded[1:]
 
     def _pipeline(self, settings: Settings) -> Pipeline | None:
         """The parts of a pipeline that the settings name, loaded as they are asked for."""
         if settings.pipeline is not None and (self._parts is None or self._parts.folder != Path(settings.pipeline)):
-            self._parts = Pipeline(settings.pipeline, self.device)
+            self._parts = Pipeline(settings.pipeline, self.device, getattr(torch, settings.dtype or "float32"))
         return None if settings.pipeline is None else self._parts
 
     def _codec(self, board: Board) -> Codec:
@@ -438,18 +464,28 @@ class Studio:
         prompt = shot_prompt(card.prompt, card.cut)
         inputs = {"shot": card.name, "prompt": prompt, "media": digest, "source": source, "seed": card.seed}
         name = take_name(inputs)
-        if not (self.take_folder(name) / TAKE).is_file():
-            self._write_take(name, inputs, latents, prompt, board)
+        self._write_take(name, inputs, latents, board)
         size = tuple(int(n) for n in latents.shape[:3])
         return board.with_card(index, board.action, take=name, size=size, given=True, kept=False)
 
-    def _write_take(self, name: str, inputs: Inputs, latents: np.ndarray, caption: str, board: Board) -> None:
-        frames = self._codec(board).decode(np.ascontiguousarray(latents)).numpy()
-        with new_folder(self.take_folder(name)) as temporary:
-            save_file({"video": np.ascontiguousarray(latents, np.float32)}, temporary / LATENTS)
-            write_video(temporary / FILM, frames, board.fps)
-            contact_sheet([(name, [frames])], [caption]).save(temporary / SHEET)
-            (temporary / TAKE).write_text(json.dumps(inputs, indent=1, ensure_ascii=False), encoding="utf-8")
+    def _write_take(self, name: str, inputs: Inputs, latents: np.ndarray, board: Board) -> None:
+        """A take's latents, and then, should that fail to be made up for later, what a person looks at."""
+        if not (self.take_folder(name) / TAKE).is_file():
+            with new_folder(self.take_folder(name)) as temporary:
+                save_file({"video": np.ascontiguousarray(latents, np.float32)}, temporary / LATENTS)
+                (temporary / TAKE).write_text(json.dumps(inputs, indent=1, ensure_ascii=False), encoding="utf-8")
+        self._show(name, board)
+
+    def _show(self, name: str, board: Board) -> None:
+        """Film and contact sheet of a take, made where they are missing."""
+        folder = self.take_folder(name)
+        if (folder / FILM).is_file() and (folder / SHEET).is_file():
+            return
+        frames = self._codec(board).decode(np.ascontiguousarray(self._latents(name))).numpy()
+        with new_file(folder / FILM) as temporary:
+            write_video(temporary, frames, board.fps)
+        with new_file(folder / SHEET) as temporary:
+            contact_sheet([(name, [frames])], [self.inputs(name)["prompt"]]).save(temporary)
 
     def _encode(self, file: Path, size: tuple[int, int, int] | None, codec: Codec, fps: float) -> np.ndarray:
         """A picture (T = 1) or a film as latents; where there is a size, its middle of that size's aspect ratio."""

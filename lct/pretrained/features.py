@@ -60,9 +60,16 @@ class FeatureTable:
         return file
 
     def _read(self, prompt: str) -> Tensor:
-        """float32 [L, C]."""
-        with safe_open(self._file(prompt), "pt") as file:
-            return file.get_tensor(_name(prompt)).float()
+        rows = read_features(self._file(prompt), prompt)
+        assert rows is not None  # the file was asked for its names
+        return rows
+
+
+def read_features(file: Path, prompt: str) -> Tensor | None:
+    """Rows of a prompt, float32 [L, C]; None where the file has none."""
+    with safe_open(file, "pt") as content:
+        name = _name(prompt)
+        return content.get_tensor(name).float() if name in set(content.keys()) else None
 
 
 def _name(prompt: str) -> str:

@@ -5,6 +5,7 @@ Nothing is unpickled. A folder is loaded tensor by tensor, so that no more than 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lct.data.atomic import new_folder
-from lct.model.config import ModelConfig
+from lct.model.config import HunyuanConfig, ModelConfig
 from lct.model.families import build
 from lct.model.mmdit import MMDiT
 from lct.pretrained.configs import CLASS, of_diffusers, to_diffusers
@@ -54,17 +55,30 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """Configuration and weights of a transformer: all that `load` reads."""
+def digest_of(folder: str | Path) -> str:
+    """A hash of a transformer's weights, in whatever files and with whatever remarks they lie."""
     folder = _of_transformer(Path(folder))
-    return [folder / CONFIG, *sorted(set(_shards(folder).values()))]
+    digest, shards = hashlib.sha256(), _shards(folder)
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(_open(file)) for file in set(shards.values())}
+        for name, file in sorted(shards.items()):
+            weight = opened[file].get_tensor(name)
+            digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+            digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def shift_of(folder: str | Path) -> float:
-    """The time shift that a pipeline's scheduler names; 5, as of HunyuanVideo-1.5 and Wan, where there is none."""
-    file = Path(folder) / SCHEDULER
-    content = _json(file) if file.is_file() else {}
-    return float(content.get("flow_shift") or content.get("shift") or 5.0)
+    """The time shift that a pipeline's scheduler names. Where there is none, what its makers use: 7 for HunyuanVideo, 5
+    for HunyuanVideo-1.5 and Wan."""
+    config = load_config(folder)
+    for home in (Path(folder), Path(folder).parent):
+        if (home / SCHEDULER).is_file():
+            content = _json(home / SCHEDULER)
+            shift = content.get("flow_shift") or content.get("shift")
+            if shift:
+                return float(shift)
+    return 7.0 if isinstance(config, HunyuanConfig) and not config.of_kinds else 5.0
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> MMDiT:

@@ -5,6 +5,7 @@ Needs the extra `pretrained`. Nothing is fetched and nothing unpickled: the fold
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lct.model.config import HunyuanConfig
+from lct.model.config import HunyuanConfig, ModelConfig, WanConfig
 from lct.model.hunyuan import GLYPHS, LANGUAGE
 from lct.model.mmdit import MMDiT
 from lct.model.text import Finished
@@ -25,6 +26,7 @@ from lct.pretrained.files import load_config
 INDEX = "model_index.json"
 WAN_TEXT = 512  # rows of a prompt in Wan: what is behind it is zero, and read like the rest
 CODEC = "vae/"
+PARTS = ("text_encoder*", "tokenizer*", "vae")
 
 
 def diffusers() -> Any:
@@ -43,7 +45,7 @@ class Pipeline:
     """The parts of a pipeline beside its transformer, each loaded when it is first asked for.
 
     folder  such as `DiffusionPipeline.save_pretrained` writes: of HunyuanVideo, HunyuanVideo-1.5 or Wan, from text
-    dtype   of text encoders and VAE; the VAE of Wan is better in float32
+    dtype   of text encoders and VAE; the VAE of Wan, which is the better for it, is float32 always
     batch   prompts that go through the text encoders together
     """
 
@@ -73,8 +75,9 @@ class Pipeline:
     def codec(self) -> Vae:
         """The VAE."""
         model = diffusers().AutoModel.from_pretrained(
-            str(self.folder), subfolder="vae", dtype=self.dtype, local_files_only=True, use_safetensors=True
-        )
+            str(self.folder), subfolder="vae", dtype=torch.float32 if self.name == "WanPipeline" else self.dtype,
+            local_files_only=True, use_safetensors=True,
+        )  # fmt: skip
         return Vae(model.to(self.device).eval().requires_grad_(False))
 
     @torch.no_grad()
@@ -99,13 +102,30 @@ class Pipeline:
 
     def speak_for(self, model: MMDiT) -> None:
         """Become the text encoder of a model tuned from this pipeline's transformer; ValueError for another model."""
-        own, asked = self.config.text_row_channels, model.config.text_row_channels
-        if own != asked:
-            raise ValueError(
-                f"pipeline: {self.folder} makes text rows of {own} channels, the weights read {asked}; "
-                "name the one that they were tuned from"
-            )
+        self.check(model.config)
         model.text_encoder = Finished(self.tokenize)
+
+    def check(self, config: ModelConfig) -> None:
+        """ValueError for a model that cannot have been tuned from this pipeline's transformer."""
+        for name in ("family", "text_row_channels", "latent_channels"):
+            own, asked = getattr(self.config, name), getattr(config, name)
+            if own != asked:
+                raise ValueError(
+                    f"pipeline: {self.folder} has {name} {own}, the weights {asked}; name the one they were tuned from"
+                )
+
+    @property
+    def fps(self) -> float:
+        """Frames a second that its model was trained at."""
+        return 16.0 if isinstance(self.config, WanConfig) and self.config.latent_channels == 16 else 24.0
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the configurations of text encoders and VAE and the sizes of their weights, to tell pipelines from
+        one another without reading them."""
+        files = sorted(f for part in PARTS for f in self.folder.glob(f"{part}/*") if f.is_file())
+        told = [(f.parent.name, f.name, f.read_text() if f.suffix == ".json" else f.stat().st_size) for f in files]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _hunyuan(p: Pipeline, prompts: list[str]) -> list[Tensor]:
@@ -165,7 +185,7 @@ class Vae:
     @property
     def name(self) -> str:
         """What a scene file calls latents of this VAE."""
-        return f"{CODEC}{type(self.model).__name__}"
+        return f"{CODEC}{type(self.model).__name__}/{self.channels}x{self.time_stride}x{self.stride}"
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:

@@ -124,15 +124,16 @@ class _Texts:
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
-        self._version, self._counts = -1, ()
+        self._version, self._counts = (0, 0, 0), ()
 
     def counts(self, mask: Tensor | None, words: int, batch: int) -> tuple[int, ...]:
         """Rows that count of each text of `words` rows; they stand first. A new mask waits for the device."""
         if mask is None:
             return (words,) * batch
-        if mask is not self._mask or mask._version != self._version or len(self._counts) != batch:
+        version = (0 if mask.is_inference() else mask._version, words, batch)
+        if mask is not self._mask or version != self._version:
             of_text = mask.reshape(batch, -1)[:, -words:] if words else mask.new_zeros(batch, 0)
-            self._mask, self._version = mask, mask._version
+            self._mask, self._version = mask, version
             self._counts = tuple(of_text.bool().sum(1).tolist())
         return self._counts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 
 from lct.data.atomic import check_vacant, new_file, new_folder
 from lct.data.latents import Codec, PixelCodec, patchify, size_in_patches, unpatchify
-from lct.data.scenefile import SceneFile, ShotEntry, load_shot, read_scene, write_scene
-from lct.data.scenes import ShotSample, shot_prompt
+from lct.data.scenefile import SceneFile, ShotEntry, load_shot, media_of, read_scene, write_scene
+from lct.data.scenes import ShotSample, shot_prompt, single_prompt
 from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet
 from lct.model.config import Memory
@@ -58,16 +59,17 @@ def sample_scene(
     video_package("av")
     file = read_scene(scene_path)
     folder = scene_path if scene_path.is_dir() else scene_path.parent
-    fps = _rate(file, fps)
+    fps = _rate(file, fps, pipeline)
     codec = codec_of(file.codec, scene_path, pipeline)
     given = {i: load_shot(folder, file, i) for i, entry in enumerate(file.shots) if entry.media is not None}
     if len(given) == len(file.shots):
         raise ValueError(f"{scene_path}: every shot has media, nothing to generate; add a [[shot]] without media")
-    shots = tuple(_request(model, folder, i, entry, given.get(i)) for i, entry in enumerate(file.shots))
-    request = SceneRequest(None if file.global_prompt is None else file.global_prompt.text(), shots)
+    shared, prompts = prompts_read(file, context)
+    shots = tuple(_request(model, folder, i, entry, prompts[i], given.get(i)) for i, entry in enumerate(file.shots))
+    request = SceneRequest(shared, shots)
     if pipeline is not None:
         pipeline.speak_for(model)
-        pipeline.prepare([request.global_prompt or "", *(shot.prompt for shot in shots), ""])
+        pipeline.prepare([shared or "", *prompts, ""])
 
     causal = visibility == "context_causal"
     mode = mode or ("auto-regressive" if causal else "joint")
@@ -104,16 +106,28 @@ def sample_scene(
     try:
         return decode_scene(out / SCENE, out, fps, pipeline, given)
     except Exception as error:
-        error.add_note(f"the latents are in {out / SCENE}; lct decode {out / SCENE} --out {out} makes films of them")
+        command = ["lct", "decode", str(out / SCENE), "--out", str(out), "--fps", f"{fps:g}"]
+        command += [] if pipeline is None else ["--pipeline", str(pipeline.folder)]
+        error.add_note(f"the latents are in {out / SCENE}; `{shlex.join(command)}` makes films of them")
         raise
 
 
+def prompts_read(file: SceneFile, context: int) -> tuple[str | None, list[str]]:
+    """The global prompt and each shot's as weights read them; see `single_prompt` for a context of one shot."""
+    shared = None if file.global_prompt is None else file.global_prompt.text()
+    if context == 1:
+        return None, [single_prompt(shared, entry.prompt) for entry in file.shots]
+    return shared, [shot_prompt(entry.prompt, entry.cut) for entry in file.shots]
+
+
 def codec_of(name: str | None, path: Path, pipeline: Pipeline | None) -> Codec:
-    """What turns latents of the codec called `name` into frames: the pipeline's VAE, or what the name says. ValueError,
-    which begins with `path`, for latents of another."""
+    """What turns latents of the codec called `name` into frames: the pipeline's VAE, or what the name says. ValueError
+    for latents of another."""
     codec = PixelCodec.named(name or "pixel/1") if pipeline is None else pipeline.codec
     if name not in (None, codec.name):
-        raise ValueError(f"{path}: expected latents of {codec.name}, got those of {name}; encode it again")
+        raise ValueError(
+            f"{path}: its latents are those of {name}, the pipeline's of {codec.name}; name the pipeline they are from"
+        )
     return codec
 
 
@@ -127,7 +141,9 @@ def decode_scene(
     """
     video_package("av")
     file = read_scene(scene)
-    codec, rate = codec_of(file.codec, scene, pipeline), _rate(file, fps)
+    codec, rate = codec_of(file.codec, scene, pipeline), _rate(file, fps, pipeline)
+    for i in range(len(file.shots)):
+        media_of(scene, file, i)
     out.mkdir(parents=True, exist_ok=True)
     shown = []
     for i in range(len(file.shots)):
@@ -141,8 +157,8 @@ def decode_scene(
     return out
 
 
-def _rate(file: SceneFile, fps: float | None) -> float:
-    fps = (file.fps or DEFAULT_FPS) if fps is None else fps
+def _rate(file: SceneFile, fps: float | None, pipeline: Pipeline | None) -> float:
+    fps = (file.fps or (DEFAULT_FPS if pipeline is None else pipeline.fps)) if fps is None else fps
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
     return fps
@@ -164,7 +180,9 @@ def _chosen(folder: Path, file: SceneFile, context: int) -> list[list[int]] | No
     return chosen
 
 
-def _request(model: MMDiT, folder: Path, index: int, entry: ShotEntry, given: ShotSample | None) -> ShotRequest:
+def _request(
+    model: MMDiT, folder: Path, index: int, entry: ShotEntry, prompt: str, given: ShotSample | None
+) -> ShotRequest:
     """The request for shot `index`; errors count shots from 1, as a reader of the file does."""
     where, patch, channels = f"{folder}: shot {index + 1}", model.config.patch, model.config.latent_channels
     size = entry.size if given is None else given.latents.shape[:3]
@@ -178,4 +196,4 @@ def _request(model: MMDiT, folder: Path, index: int, entry: ShotEntry, given: Sh
         raise ValueError(f"{where}: its latents hold NaN or infinity; encode it again")
     rows = None if given is None else patchify(torch.from_numpy(given.latents), patch)
     seed = index if entry.seed is None else entry.seed
-    return ShotRequest(shot_prompt(entry.prompt, entry.cut), size_in_patches(size, patch), seed, rows)
+    return ShotRequest(prompt, size_in_patches(size, patch), seed, rows)

@@ -71,8 +71,8 @@ def choose(sees: str | tuple[int, ...] | None, prompts: Sequence[str], index: in
     if rule == "all" and not number:
         return list(range(index))
     most = context - 1 if sees is None else int(number) if number.isdecimal() else 0
-    if sees is None and index <= most:
-        return list(range(index))
+    if sees is None and (index <= most or most == 0):
+        return list(range(index if most else 0))
     if rule == "recent" and most:
         return recent(index, most)
     if (rule == "relevant" or sees is None) and most:

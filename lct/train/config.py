@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from lct.layout import VISIBILITIES
 from lct.model.config import COMPUTE_DTYPES, FAMILIES, ModelConfig
@@ -84,7 +86,7 @@ class TrainConfig:
     text_scale_steps: int = 0
     lora: int = 0
     """Rank of low-rank changes that alone are trained, beside the frozen weights of `init`; 0 trains all weights."""
-    init_digest: str | None = None
+    init_digest: Annotated[str | None, tyro.conf.Suppress] = None
     """Hash of the weights of `init` that low-rank changes are trained beside; a run finds it out when it begins."""
 
     def __post_init__(self):

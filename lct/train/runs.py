@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lct.model.config import ModelConfig, hunyuan15, lct_3b, micro, tiny, wan_5b
+from lct.model.config import hunyuan15, lct_3b, micro, tiny, wan_5b
 from lct.train.config import DataConfig, TrainConfig
 
 PRETRAINED = "asset:tiny_pretrained"
@@ -229,20 +229,6 @@ def wan5b_lct() -> TrainConfig:
         visibility="context_causal",
         text_scale_start=None,
         text_scale_steps=0,
-    )
-
-
-def untuned(model: ModelConfig, shift: float) -> TrainConfig:
-    """What sampling has to know of an open model as it was released: single shots, text without positions."""
-    return replace(
-        wan5b_lct(),
-        name="untuned",
-        model=model,
-        init=None,
-        lora=0,
-        visibility="isolated",
-        text_scale=0.0,
-        shift=shift,
     )
 
 

@@ -224,7 +224,9 @@ def _check_same(saved: TrainConfig, current: TrainConfig, folder: Path) -> None:
     """A resumed run takes the same steps as one that never stopped, so its configuration must be the same."""
     now = asdict(current)
     for key, value in asdict(saved).items():
-        if value != now[key]:
+        if key == "init_digest" and value is not None and value != now[key]:
+            raise ValueError(f"{folder}: the weights in {current.init} are no longer those that it was trained beside")
+        if key != "init_digest" and value != now[key]:
             raise ValueError(
                 f"{folder}: was written with {key}={value}, now {key}={now[key]}; "
                 "resume with the same configuration or train into another folder"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,14 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lct.data.atomic import new_file, sha256_of
+from lct.model.config import ModelConfig
 from lct.model.families import build
 from lct.model.lora import add_lora, merge_lora
 from lct.model.mmdit import MMDiT
-from lct.pretrained.files import is_diffusers, load, shift_of, weight_files
+from lct.pretrained.files import digest_of as diffusers_digest
+from lct.pretrained.files import is_diffusers, load, shift_of
 from lct.pretrained.files import load_config as diffusers_config
 from lct.train.checkpoint import latest, load_config, verify
 from lct.train.config import TrainConfig
-from lct.train.runs import untuned
+from lct.train.runs import wan5b_lct
 
 SCALE = ".scale"  # ends the names of the scales of 8-bit matrices
 ASSET, ASSETS = "asset:", Path(__file__).parents[1] / "assets"
@@ -78,12 +79,11 @@ def _resolved(path: str | Path) -> Path:
 
 
 def digest_of(path: str | Path) -> str:
-    """A hash that tells these weights from others: of the file, of the newest checkpoint's manifest, or of all files of
-    a transformer of diffusers."""
+    """A hash that tells these weights from others: of the file, of the newest checkpoint's manifest, or of all
+    weights of a transformer of diffusers."""
     path = _resolved(path)
     if is_diffusers(path):
-        files = {file.name: sha256_of(file) for file in weight_files(path)}
-        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        return diffusers_digest(path)
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
@@ -107,7 +107,8 @@ def load_model(
     """A model ready to sample from, and the configuration it was trained with; see `load_weights`. A transformer of
     diffusers is a model that knows single shots: its configuration is `untuned`.
 
-    base  where the weights lie that low-rank changes were trained beside and are merged into; None: where they lay then
+    base  where the weights lie that low-rank changes were trained beside and are merged into, of the first stage where
+          there were several; None: where they lay then
 
     ValueError where those are other weights than the changes were trained beside.
     """
@@ -116,11 +117,7 @@ def load_model(
         return load(path, device), config_of(path)
     weights, config = load_weights(path)
     if config.lora:
-        config = config if base is None else replace(config, init=str(base))
-        assert config.init is not None  # as `TrainConfig` checks
-        if config.init_digest not in (None, digest_of(config.init)):
-            raise ValueError(f"{path}: its low-rank changes were trained beside other weights than {config.init} holds")
-        model = starting_model(config, device)
+        model = starting_model(config, device, base)
         assign_weights(trained(model), weights, path)
         merge_lora(model)
     else:
@@ -129,14 +126,14 @@ def load_model(
     return model.to(device).eval().requires_grad_(False), config
 
 
-def starting_model(config: TrainConfig, device: str | torch.device = "cpu") -> MMDiT:
+def starting_model(config: TrainConfig, device: str | torch.device = "cpu", base: str | Path | None = None) -> MMDiT:
     """The model as the first step of a run finds it: new, or with the weights of `init`, and low-rank changes where it
-    trains those. Weights that are trained are fp32."""
-    init = config.init
+    trains those. Weights that are trained are fp32. `base` as in `load_model`."""
+    init = _base_of(config, base)
     if init is not None and is_diffusers(init):
         model = load(init, device, None if config.lora else torch.float32).train().requires_grad_(True)
     elif init is not None and (config.lora or config_of(init).lora):
-        model = load_model(init, device)[0].train()
+        model = load_model(init, device, base)[0].train()
         model = model if config.lora else model.float().requires_grad_(True)
     else:
         torch.manual_seed(config.seed)
@@ -146,6 +143,28 @@ def starting_model(config: TrainConfig, device: str | torch.device = "cpu") -> M
     if config.lora:
         add_lora(model, config.lora, seed=config.seed)
     return model
+
+
+def _base_of(config: TrainConfig, base: str | Path | None) -> str | Path | None:
+    """Where the weights lie that a run starts from: `init`, or `base` where it is what low-rank changes stand on.
+    ValueError where neither holds what they were trained beside."""
+    if not config.lora or config.init_digest is None:
+        return config.init if base is None or not config.lora or not is_diffusers(str(config.init)) else base
+    if base is not None and digest_of(base) == config.init_digest:
+        return base
+    if base is not None and is_diffusers(str(config.init)):
+        raise ValueError(f"{base}: the low-rank changes were trained beside other weights than it holds")
+    if digest_of(str(config.init)) != config.init_digest:
+        raise ValueError(f"{config.init}: no longer holds the weights that low-rank changes were trained beside")
+    return config.init
+
+
+def untuned(model: ModelConfig, shift: float) -> TrainConfig:
+    """What sampling has to know of an open model as it was released: single shots, text without positions."""
+    run = wan5b_lct()
+    data = replace(run.data, shots=1, single=1.0, cut=0.0, no_cut=0.0)
+    changes = {"init": None, "lora": 0, "visibility": "isolated", "text_scale": 0.0, "shift": shift}
+    return replace(run, name="untuned", model=model, data=data, **changes)
 
 
 def settled(config: TrainConfig) -> TrainConfig:
@@ -159,7 +178,7 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 
 def config_of(path: str | Path) -> TrainConfig:
-    """The configuration beside weights, as `load_model` gives it, without the weights of a checkpoint."""
+    """The configuration beside weights, without the weights of a checkpoint."""
     if is_diffusers(path):
         return untuned(diffusers_config(path), shift_of(path))
     path = _resolved(path)

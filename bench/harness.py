@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lct.kernels.numerics import compare
+from lct.model.cost import PEAKS
 
 Run = Callable[[], object]
 # Dense bf16 and fp16 matrix products by the vendor's datasheet, TFLOP/s.
-PEAKS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312}
 
 
 @dataclass(frozen=True)

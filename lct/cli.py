@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import runpy
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import tyro
 
 from lct.model.config import Memory
 from lct.train.config import TrainConfig
+from lct.train.execution import HERE, Execution
 from lct.train.runs import RUNS, run
 
 
@@ -38,6 +40,7 @@ class TrainCommand:
     """Train a run, or resume it."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = HERE
     out: Path | None = None
     """Folder of log and checkpoints; runs/NAME by default. An unfinished run there is resumed."""
     share: Path | None = None
@@ -56,15 +59,37 @@ class TrainCommand:
         if self.share is not None and self.config.lora and config_of(str(self.config.init)).lora:
             raise ValueError("share: the changes of two stages do not fit one file; share the model of lct export")
         config, out = self.config, self.out or Path("runs") / self.config.name
-        trainer = Trainer(config, out, self.device, self.impl)
-        if trainer.resume():
+        scene = self.execution.scene
+        sampler = None if scene is None else self._sampler(scene, out)
+        trainer = Trainer(config, out, self.device, self.impl, self.execution, sampler)
+        first = trainer.processes.first
+        if trainer.resume() and first:
             print(f"resuming {out} at step {trainer.step}")
-        with training(config.name, config.steps, trainer.step) as progress:
+        with training(config.name, config.steps, trainer.step, quiet=not first) as progress:
             folder = trainer.run(progress)
-        print(folder)
-        if self.share is not None:
+        if first:
+            print(folder)
+        if self.share is not None and first:
             save_weights(self.share, *load_weights(folder))
             print(self.share)
+
+    def _sampler(self, scene: Path, out: Path):
+        """Generates a scene into OUT/samples, on the first process, and on the others with it."""
+        from tempfile import TemporaryDirectory
+
+        from lct.sample.files import sample_scene
+        from lct.sample.request import Sampling
+        from lct.train.processes import is_first
+
+        def sample(model, step: int) -> None:
+            sampling = Sampling.of(self.config, text_scale=self.config.text_scale_at(step))
+            with TemporaryDirectory() as elsewhere:
+                folder = out / "samples" / f"step-{step:07d}" if is_first() else Path(elsewhere) / "scene"
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off behind its checkpoint
+                c = self.config
+                sample_scene(model, scene, folder, sampling, c.visibility, impl=self.impl, context=c.data.shots)
+
+        return sample
 
 
 AS_IT_IS = Memory()

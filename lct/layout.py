@@ -94,6 +94,22 @@ class Streams:
 
 
 @dataclass(frozen=True)
+class SharedRows:
+    """How the joint rows of a pass are shared out over processes; see `lct.model.shared`.
+
+    group        name of the process group
+    count, size  processes, and joint rows of each, the last ones perhaps fewer
+    text, video  (first, end) of this process's rows in the two streams
+    """
+
+    group: str
+    count: int
+    size: int
+    text: Interval
+    video: Interval
+
+
+@dataclass(frozen=True)
 class Geometry:
     """All that one forward pass needs to know about its rows.
 
@@ -104,6 +120,8 @@ class Geometry:
     slots      int64 [S], the cache row each joint row's key and value are written to; None without a cache
     cross      for models whose video rows read text by cross-attention (Wan): which rows of packed text each video row
                sees. Then joint rows are video rows alone, and `streams` has no text
+    shared     where each of several processes computes some of the rows: then `streams` and `positions` are of those,
+               and `plan` of all
     """
 
     shots: tuple[Shot, ...]
@@ -112,6 +130,7 @@ class Geometry:
     positions: torch.Tensor
     slots: torch.Tensor | None = None
     cross: Plan | None = None
+    shared: SharedRows | None = None
 
 
 @dataclass(frozen=True, init=False)

@@ -16,16 +16,22 @@ Report = Callable[..., None]
 
 
 @contextmanager
-def training(name: str, steps: int, done: int = 0) -> Iterator[Report]:
-    """Gives a function to call with each `StepRecord`; shows step, smoothed loss, rate and time left."""
+def training(name: str, steps: int, done: int = 0, quiet: bool = False) -> Iterator[Report]:
+    """Gives a function to call with each `StepRecord`; shows step, smoothed loss, rate and time left, or nothing."""
+    if quiet:
+        yield lambda record: None
+        return
     loss, began = None, time.monotonic()
     with counting(name, steps, done) as advance:
 
         def report(record) -> None:
             nonlocal loss
-            loss = record.loss if loss is None else 0.95 * loss + 0.05 * record.loss
+            if record.loss is not None:
+                loss = record.loss if loss is None else 0.95 * loss + 0.05 * record.loss
             rate = (record.step - done) / max(1e-9, time.monotonic() - began)
-            advance(f"loss {loss:.4f}  {rate:.1f} steps/s")
+            shown = "–" if loss is None else f"{loss:.4f}"
+            left_out = f"  {record.skipped} left out" if record.skipped else ""
+            advance(f"loss {shown}  {rate:.1f} steps/s{left_out}")
 
         yield report
 

@@ -8,7 +8,7 @@ from test_model import random_model
 from test_sample import requests, worst
 
 from lct import SceneLayout, Shot
-from lct.data.batch import draw_batch
+from lct.data.batch import draw_scene, pack_drawn
 from lct.data.toy import ToyScenes
 from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, autoregressive, joint
@@ -194,9 +194,11 @@ def test_offsets_of_a_layout():
 
 def test_training_with_one_place_and_one_time():
     toy, words = ToyScenes("returning", max_shots=9), lambda prompt: torch.ones(len(prompt.split()), dtype=torch.int64)
-    draw = lambda **options: draw_batch(  # noqa: E731
-        toy, words, (1, 4, 4), "bidirectional", {"cut": 1.0}, 0.0, 0.0, 4, 0, 0, **options
-    )
+
+    def draw(**options):
+        drawn = [draw_scene(toy, {"cut": 1.0}, 0.0, 0.0, seed=0, step=0, slot=slot) for slot in range(4)]
+        return pack_drawn(drawn, words, (1, 4, 4), "bidirectional", **options)
+
     plain, shared, placed = draw(), draw(shared_time=True), draw(one_place=True)
     scenes = torch.tensor(plain.layout.scene_of_shot)
     assert all(len(shared.normal[scenes == b].unique()) == 1 for b in range(4)) and len(plain.normal.unique()) > 4

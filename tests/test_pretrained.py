@@ -235,7 +235,7 @@ def test_the_guide(name, stage, folders, encoded, tmp_path, capsys):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 20 and np.isfinite(losses).all()
     checkpoint = tmp_path / "run" / "step-0000020"
-    assert (checkpoint / "ema.safetensors").stat().st_size < 400_000  # low-rank changes alone
+    assert sum(f.stat().st_size for f in (checkpoint / "ema").iterdir()) < 400_000  # low-rank changes alone
     again = Trainer(config, tmp_path / "run")
     assert again.resume() and again.step == 20
     assert all(torch.equal(a, b) for a, b in zip(again.trained.values(), trainer.trained.values(), strict=True))

@@ -26,6 +26,7 @@ OPTIONAL = [
     "flash_attn",
     "xformers",
     "gradio",
+    "tensorboard",
 ]
 
 # DESIGN § 3, module by module: what each part of lct/ may import, itself and `lct` (for the version) apart.
@@ -60,7 +61,7 @@ MAY_IMPORT = {
         "lct.report",
     ),
 }
-ANYTHING = ("lct", "lct.cli")
+ANYTHING = ("lct", "lct.cli", "lct.__main__")
 
 
 def modules() -> dict[str, Path]:
@@ -192,7 +193,7 @@ def test_a_file_has_fewer_than_600_lines(file):
     assert lines(file) < 600
 
 
-@pytest.mark.parametrize(("folder", "limit"), [("lct", 15_000), ("csrc", 4_000)])
+@pytest.mark.parametrize(("folder", "limit"), [("lct", 17_000), ("csrc", 4_000)])
 def test_the_package_stays_small(folder, limit):
     assert 0 < sum(lines(file) for file in SOURCES if file.parts[0] == folder) < limit
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lct.data.batch import _substituted, draw_batch, pack
+from lct.data.batch import _substituted, draw_scene, pack, pack_drawn
 from lct.data.toy import ToyScenes
 from lct.model.config import tiny
 from lct.model.flow import noised, shift_time, shot_losses, shot_shift
@@ -41,9 +40,9 @@ def tokenizer():
 
 def batch(step=0, seed=0, scenes=4, **probabilities):
     options = {"image_probability": 0.3, "drop_probability": 0.3} | probabilities
-    return draw_batch(
-        ToyScenes(), tokenizer(), PATCH, "context_causal", MIXTURE, scenes=scenes, seed=seed, step=step, **options
-    )
+    toy = ToyScenes()
+    drawn = [draw_scene(toy, MIXTURE, **options, seed=seed, step=step, slot=slot) for slot in range(scenes)]
+    return pack_drawn(drawn, tokenizer(), PATCH, "context_causal")
 
 
 # -- flow --------------------------------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ def trained(tmp_path):
 def test_a_flipped_bit_is_named_in_every_file(trained):
     folder = latest(trained)
     rng = np.random.default_rng(0)
-    for file in [f for f in folder.iterdir() if f.name != "manifest.json"]:
+    for file in [f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json"]:
         content = file.read_bytes()
         for position in rng.integers(len(content), size=5):
             damaged = bytearray(content)
@@ -198,16 +197,19 @@ def test_a_flipped_bit_is_named_in_every_file(trained):
                 verify(folder)
         file.write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match=f"{file.name}: damaged"):
-            load_model(folder)
+            verify(folder)
+        if file.parent.name in ("ema", folder.name):  # all that weights are made of
+            with pytest.raises(ValueError, match=f"{file.name}: damaged"):
+                load_model(folder)
         file.write_bytes(content)
     assert verify(folder)["step"] == 2
 
 
 def test_a_missing_file_or_manifest_is_named(trained):
     folder = latest(trained)
-    (folder / "ema.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"ema.safetensors: missing"):
-        load_model(trained)
+    next((folder / "ema").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"ema/.*safetensors: missing"):
+        load_model(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json: damaged"):
         verify(folder)
@@ -227,8 +229,8 @@ def test_an_interrupted_save_leaves_the_older_checkpoint_the_newest(tmp_path, mo
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lct.train.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("lct.train.checkpoint.save", full_disk)
+    with pytest.raises(OSError, match="step 2: it takes .* are missing; step-0000001 stands"):
         trainer.save()
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000001"]
     assert verify(latest(tmp_path))["step"] == 1
@@ -260,15 +262,35 @@ def test_weights_of_another_model_are_refused_by_name(trained, tmp_path):
         Trainer(small(model=replace(config.model, blocks=2), init=str(tmp_path / "w.safetensors")), tmp_path / "out")
 
 
-def test_a_gradient_that_is_not_finite_stops_before_anything_changes(tmp_path):
-    trainer = Trainer(small(), tmp_path)
+def test_a_loss_that_is_not_finite_changes_nothing_is_counted_and_never_saved(tmp_path):
+    trainer = Trainer(small(steps=20), tmp_path)
+    trainer.train_step()
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.video_out.bias.data.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match="gradient norm"):
-        trainer.train_step()
+    record = trainer.train_step()
+    assert (record.loss, record.grad_norm, record.skipped, trainer.step) == (None, None, 1, 2)
+    assert json.loads(record.line())["loss"] is None
     changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
-    assert changed == ["video_out.bias"] and not list(tmp_path.iterdir())
-    shutil.rmtree(tmp_path)
+    assert changed == ["video_out.bias"]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        trainer.save()
+    assert not list(tmp_path.iterdir())
+    trainer.model.video_out.bias.data.copy_(before["video_out.bias"])
+    assert trainer.train_step().loss is not None and trainer.skipped == 1
+    trainer.save()
+    again = Trainer(small(steps=20), tmp_path)
+    assert again.resume() and (again.step, again.skipped) == (3, 1)
+
+
+def test_five_steps_in_a_row_that_are_not_finite_end_a_run(tmp_path):
+    trainer = Trainer(small(steps=20, save_every=1), tmp_path)
+    for _ in range(2):
+        trainer.train_step()
+    trainer.save()
+    trainer.model.video_out.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="5 steps up to 7"):
+        trainer.run()
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000002"]
 
 
 def test_no_two_toy_words_share_a_bucket():
@@ -290,7 +312,7 @@ def test_a_changed_manifest_is_noticed(trained):
     folder = latest(trained)
     file = folder / "manifest.json"
     manifest = json.loads(file.read_text())
-    for change in ({"step": 9}, {"files": {}}, {"files": {"ema.safetensors": 3}}, {"sha256": ""}):
+    for change in ({"step": 9}, {"files": {}}, {"files": {"ema": 3}}, {"sha256": ""}):
         file.write_text(json.dumps(manifest | change))
         with pytest.raises(ValueError, match=r"manifest.json: damaged"):
             verify(folder)

@@ -1,10 +1,10 @@
-"""Scenes to packed tensors: one training step's batch, a pure function of (seed, step) (paper § 3.2.3, § 3.4)."""
+"""Scenes to packed tensors: what a step reads, a pure function of (seed, step, slot) (paper § 3.2.3, § 3.4)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,16 @@ class Packed:
         """bool [N], False for global prompts, which are never sampled and have no loss."""
         return torch.tensor([shot.role == "shot" for shot in self.layout.shots])
 
+    @property
+    def has_loss(self) -> Tensor:
+        """bool [N], shots with at least one row of video."""
+        return self.is_shot & torch.tensor([shot.video_rows > 0 for shot in self.layout.shots])
+
+    @property
+    def losses(self) -> int:
+        """How many shots have a loss."""
+        return int(self.has_loss.sum())
+
 
 @dataclass(frozen=True)
 class Batch(Packed):
@@ -70,21 +80,30 @@ def pack(
     channels = samples[0].shots[0].latents.shape[-1] * int(np.prod(patch))
     scenes, latents, prompts = [], [], []
     for sample in samples:
-        scene, shared = [], None if sample.global_prompt is None else tokenize(sample.global_prompt)
+        shared = None if sample.global_prompt is None else tokenize(sample.global_prompt)
         if shared is not None and not cross:
-            scene.append(Shot(len(shared), GLOBAL_VIDEO, "global"))
             prompts.append(shared)
             latents.append(torch.zeros(1, channels))
         for shot in sample.shots:
             tokens = tokenize(shot_prompt(shot.prompt, shot.cut))
-            if shared is not None and cross:
-                tokens = torch.cat([shared, tokens])
-            scene.append(Shot(len(tokens), size_in_patches(shot.latents.shape, patch)))
-            prompts.append(tokens)
-            latents.append(patchify(torch.from_numpy(shot.latents), patch))
-        scenes.append(scene)
+            prompts.append(torch.cat([shared, tokens]) if shared is not None and cross else tokens)
+            latents.append(patchify(torch.from_numpy(np.asarray(shot.latents)), patch))
+        scenes.append(scene_shots(sample, lambda prompt: len(tokenize(prompt)), patch, cross))
     offsets = [[0.0] * len(scene) for scene in scenes] if one_place else None
     return Packed(SceneLayout(scenes, visibility, offsets), torch.cat(latents), *pack_tokens(prompts))
+
+
+def scene_shots(
+    sample: SceneSample, length: Callable[[str], int], patch: tuple[int, int, int], cross: bool = False
+) -> list[Shot]:
+    """The shots of a scene as a layout has them, from sizes alone; `length` counts the rows of a prompt."""
+    shared = None if sample.global_prompt is None else length(sample.global_prompt)
+    before = shared if shared is not None and cross else 0
+    shots = [
+        Shot(before + length(shot_prompt(s.prompt, s.cut)), size_in_patches(s.latents.shape, patch))
+        for s in sample.shots
+    ]
+    return shots if shared is None or cross else [Shot(shared, GLOBAL_VIDEO, "global"), *shots]
 
 
 def pack_tokens(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -92,37 +111,51 @@ def pack_tokens(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(prompts)), torch.cat([torch.arange(len(prompt)) for prompt in prompts])
 
 
-def draw_batch(
+class Drawn(NamedTuple):
+    """A scene of a step, and the generator that its times and noise come from."""
+
+    sample: SceneSample
+    rng: np.random.Generator
+
+
+def draw_scene(
     dataset: Dataset,
-    tokenize: Tokenize,
-    patch: tuple[int, int, int],
-    visibility: str,
     mixture: dict[str, float],
     image_probability: float,
     drop_probability: float,
-    scenes: int,
     seed: int,
     step: int,
+    slot: int,
+) -> Drawn:
+    """Scene `slot` of a step, with its substitutions and dropped prompts: a function of (seed, step, slot) alone.
+
+    So there is no state of a loader, and any number of workers and processes draw the same.
+
+    mixture  shares of the kinds of scene
+    """
+    rng = np.random.default_rng([seed, step, slot])
+    kinds, shares = list(mixture), np.array(list(mixture.values()))
+    sample = dataset.sample(kinds[rng.choice(len(kinds), p=shares / shares.sum())], rng)
+    return Drawn(_dropped(_substituted(sample, image_probability, rng), drop_probability, rng), rng)
+
+
+def pack_drawn(
+    drawn: Sequence[Drawn],
+    tokenize: Tokenize,
+    patch: tuple[int, int, int],
+    visibility: str,
     shared_time: bool = False,
     one_place: bool = False,
     cross: bool = False,
 ) -> Batch:
-    """The batch of one step. Every scene, substitution, dropped prompt, time and noise of slot i depends on
-    (seed, step, i) alone: no loader state, any number of workers.
+    """A batch of drawn scenes, with the draws of their times and noise, which follow on those of each scene.
 
-    mixture      shares of the kinds of scene
-    shared_time  all shots of a scene have its first one's
+    shared_time       all shots of a scene have its first one's
     one_place, cross  see `pack`
     """
-    kinds, shares = list(mixture), np.array(list(mixture.values()))
-    rngs = [np.random.default_rng([seed, step, slot]) for slot in range(scenes)]
-    samples = []
-    for rng in rngs:
-        sample = dataset.sample(kinds[rng.choice(len(kinds), p=shares / shares.sum())], rng)
-        samples.append(_dropped(_substituted(sample, image_probability, rng), drop_probability, rng))
-    packed = pack(samples, tokenize, patch, visibility, one_place, cross)
+    packed = pack([scene.sample for scene in drawn], tokenize, patch, visibility, one_place, cross)
     normal, noise = [], []
-    for rng, scene in zip(rngs, packed.layout.scenes, strict=True):
+    for rng, scene in zip((scene.rng for scene in drawn), packed.layout.scenes, strict=True):
         draws = rng.standard_normal(len(scene), np.float32)
         normal.append(np.full_like(draws, draws[0]) if shared_time else draws)
         rows = sum(shot.video_rows for shot in scene)
@@ -143,7 +176,8 @@ def _substituted(sample: SceneSample, probability: float, rng: np.random.Generat
     def shot(s: ShotSample) -> ShotSample:
         if rng.random() >= probability or not len(s.images):
             return s
-        return replace(s, latents=s.images[rng.integers(len(s.images))][None])
+        chosen = int(rng.integers(len(s.images)))
+        return replace(s, latents=s.images[chosen : chosen + 1])
 
     return replace(sample, shots=tuple(shot(s) for s in sample.shots))
 

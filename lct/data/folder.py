@@ -1,37 +1,37 @@
-"""A data set of scene folders on disk, drawn from like the toy scenes."""
+"""Scenes on disk, drawn from like the toy scenes; latents are read when they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from lct.data.scenefile import MAX_SHOTS, SCENE, load_shot, read_scene, video_shape
+from lct.data.scenefile import MAX_SHOTS, SCENE, SceneFile, read_scene, stored_shots
 from lct.data.scenes import SceneSample, ShotSample
 
 KINDS = ("single", "cut", "no_cut")
 
 
-class SceneFolder:
-    """Scenes under `root`, at any depth, whose shots all have latents; a sample reads from disk only what it shows.
+class StoredScenes:
+    """Scenes whose shots all have latents on disk; a sample reads only what it shows, when that is asked for.
 
-    root       folder that holds scene folders, such as `ingest` writes
+    root       where they lie, as errors name it
+    scenes     their scene files, and `shots`, of each the shots with latents
     max_shots  most shots of a sample, 2 to 9
-    Raises FileNotFoundError where no scene is found, ValueError for a scene file that is wrong or lacks latents.
     """
 
-    def __init__(self, root: str | Path, max_shots: int = MAX_SHOTS):
+    def __init__(
+        self,
+        root: Path,
+        scenes: Sequence[SceneFile],
+        shots: Sequence[tuple[ShotSample, ...]],
+        max_shots: int = MAX_SHOTS,
+    ):
         if not 2 <= max_shots <= MAX_SHOTS:
             raise ValueError(f"max_shots: expected 2 to {MAX_SHOTS}, got {max_shots}; choose one of these")
-        self.root, self.max_shots = Path(root), max_shots
-        self.folders = scene_folders(self.root)
-        self.scenes = [read_scene(folder) for folder in self.folders]
-        self._shapes = [
-            [video_shape(folder, scene, i) for i in range(len(scene.shots))]
-            for folder, scene in zip(self.folders, self.scenes, strict=True)
-        ]
+        self.root, self.scenes, self.shots, self.max_shots = root, scenes, shots, max_shots
 
     def sample(self, kind: str, rng: np.random.Generator, shots: int | None = None) -> SceneSample:
         """Draw one scene; `rng` advances.
@@ -64,8 +64,12 @@ class SceneFolder:
         """(scene, shot) of everything a sample of this kind can begin from; ValueError where there is nothing."""
         places = [(i, 0) for i in range(len(self.scenes)) if self._has(kind, i, least)]
         if kind == "single" or (kind == "no_cut" and not places):
-            shots = [(i, s, shape[0]) for i, shapes in enumerate(self._shapes) for s, shape in enumerate(shapes)]
-            places = [(i, s) for i, s, frames in shots if kind == "single" or frames >= least]
+            places = [
+                (i, s)
+                for i, shots in enumerate(self.shots)
+                for s, shot in enumerate(shots)
+                if kind == "single" or len(shot.latents) >= least
+            ]
         if not places:
             need = f"a scene of {least} shots with cuts" if kind == "cut" else f"a shot of {least} frames"
             raise ValueError(f"{self.root}: expected {need} for kind {kind!r}, got none; ingest more film")
@@ -78,11 +82,13 @@ class SceneFolder:
         """
         for kind in kinds:
             self._places(kind, 2)
-        for folder, shapes in zip(self.folders, self._shapes, strict=True):
-            for index, shape in enumerate(shapes):
+        for shots in self.shots:
+            for index, shot in enumerate(shots):
+                shape = shot.latents.shape
                 if any(n % p for n, p in zip(shape, patch, strict=False)):
+                    where = getattr(shot.latents, "file", self.root / "").parent
                     raise ValueError(
-                        f"{folder}: shot {index + 1}: the patch {patch} does not divide its latents {shape[:3]}; "
+                        f"{where}: shot {index + 1}: the patch {patch} does not divide its latents {shape[:3]}; "
                         f"ingest with --patch {max(patch[1:])}"
                     )
 
@@ -97,17 +103,35 @@ class SceneFolder:
 
     def _divided(self, scene: int, index: int, parts: int) -> SceneSample:
         shot = self._shot(scene, index)
+
+        def pieces(rows: int) -> list[slice]:
+            split = np.array_split(range(rows), parts)
+            return [slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0) for part in split]
+
         # images are in order of time, so an equal share of them falls to each part
-        pieces = zip(np.array_split(shot.latents, parts), np.array_split(shot.images, parts), strict=True)
-        segments = tuple(ShotSample(latents, shot.prompt, False, images) for latents, images in pieces)
+        both = zip(pieces(len(shot.latents)), pieces(len(shot.images)), strict=True)
+        segments = tuple(ShotSample(shot.latents[a], shot.prompt, False, shot.images[b]) for a, b in both)
         return SceneSample(self._prompt(scene), segments)
 
     def _shot(self, scene: int, index: int) -> ShotSample:
-        return load_shot(self.folders[scene], self.scenes[scene], index)
+        return self.shots[scene][index]
 
     def _prompt(self, scene: int) -> str | None:
         shared = self.scenes[scene].global_prompt
         return None if shared is None else shared.text()
+
+
+class SceneFolder(StoredScenes):
+    """Scenes under `root`, at any depth, such as `ingest` writes.
+
+    Raises FileNotFoundError where no scene is found, ValueError for a scene file that is wrong or lacks latents.
+    """
+
+    def __init__(self, root: str | Path, max_shots: int = MAX_SHOTS):
+        folders = scene_folders(Path(root))
+        scenes = [read_scene(folder) for folder in folders]
+        shots = [stored_shots(folder, scene) for folder, scene in zip(folders, scenes, strict=True)]
+        super().__init__(Path(root), scenes, shots, max_shots)
 
 
 def scene_folders(root: Path) -> list[Path]:

@@ -27,7 +27,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tomli_w
@@ -36,6 +36,7 @@ from safetensors.numpy import save_file
 
 from lct.data.atomic import new_file, new_folder
 from lct.data.scenes import SHOT_CUT, SceneSample, ShotSample
+from lct.data.stored import Stored
 from lct.data.table import REQUIRED, Table, is_flag, is_integer, is_integers, is_positive, is_text
 
 SCENE, LATENTS = "scene.toml", "latents.safetensors"
@@ -177,9 +178,19 @@ def load_shot(folder: str | Path, scene: SceneFile, index: int) -> ShotSample:
     return ShotSample(video, shot.prompt, shot.cut, images)
 
 
-def video_shape(folder: str | Path, scene: SceneFile, index: int) -> tuple[int, ...]:
-    """(T, H, W, C) of the latents of shot `index`, without reading them; ValueError where it has none."""
-    return _shapes(Path(folder) / LATENTS)[f"{media_of(folder, scene, index)}.video"]
+def stored_shots(folder: str | Path, scene: SceneFile) -> tuple[ShotSample, ...]:
+    """All shots of a scene with latents that stay on disk until they are asked for; ValueError where one has none."""
+    file = Path(folder) / LATENTS
+    shapes = _shapes(file)
+
+    def shot(index: int, entry: ShotEntry) -> ShotSample:
+        media = media_of(folder, scene, index)
+        video = Stored(file, f"{media}.video", shapes[f"{media}.video"])
+        none = (0, *video.shape[1:])
+        images = Stored(file, f"{media}.images", shapes.get(f"{media}.images", none))
+        return ShotSample(cast(np.ndarray, video), entry.prompt, entry.cut, cast(np.ndarray, images))
+
+    return tuple(shot(i, entry) for i, entry in enumerate(scene.shots))
 
 
 def media_of(folder: str | Path, scene: SceneFile, index: int) -> str:

@@ -24,7 +24,7 @@ def single_prompt(shared: str | None, prompt: str) -> str:
 class ShotSample:
     """One shot of a scene.
 
-    latents  float32 [T, H, W, C], in latent pixels (a patch is cut from them later)
+    latents  float32 [T, H, W, C], in latent pixels (a patch is cut from them later); `Stored` stands for those on disk
     prompt   what happens in this shot, without the `[SHOT CUT]` mark
     cut      True where the shot belongs to an authentic multi-shot scene; False for a segment of one long shot and
              for a single shot

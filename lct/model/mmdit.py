@@ -14,7 +14,9 @@ from lct.kernels.select import Choice
 from lct.layout import Geometry, SceneLayout
 from lct.model.cache import KVCache
 from lct.model.config import ModelConfig
+from lct.model.cost import Cost
 from lct.model.layers import MLP, Linear, time_features
+from lct.model.shared import to_heads, to_rows
 from lct.model.text import TextEncoder, WordEncoder
 
 
@@ -68,8 +70,15 @@ def attend(
     choice: Choice,
 ) -> Tensor:
     """What every kind of block does between its projections: norm, rotation, join, and attention over the rows at hand
-    or over a cache, into which theirs are written; arguments as in `norm_rope_join`. Returns [S, A, D]."""
+    or over a cache, into which theirs are written; arguments as in `norm_rope_join`. Returns [S, A, D].
+
+    Where processes share the rows, each attends with some heads and all rows."""
     joined = (text_qkv, video_qkv, text_norm, video_norm, geometry.streams, geometry.positions, spec)
+    if geometry.shared is not None:
+        own, rows = norm_rope_join(*joined, impl=choice.norm_rope), geometry.plan.q_rows
+        q, k, v = (to_heads(x, geometry.shared, rows) for x in own)
+        attended = cast(Tensor, attention(q, k, v, geometry.plan, impl=choice.attention))
+        return to_rows(attended, geometry.shared, own[0].shape[0])
     if cache is None:
         q, k, v = norm_rope_join(*joined, impl=choice.norm_rope)
     else:
@@ -166,7 +175,7 @@ class MMDiT(nn.Module):
     def forward(
         self,
         video: Tensor,
-        text: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
         times: Tensor,
         geometry: Geometry | SceneLayout,
         cache: KVCache | None = None,
@@ -177,7 +186,8 @@ class MMDiT(nn.Module):
 
         video     [S_video, patch channels], noisy latents as packed patches; their dtype is the compute dtype. A model
                   with `condition_channels` takes them behind the latents; without them they are zero
-        text      [S_text, text_channels], packed text features
+        text      [S_text, text_channels], packed text features; or (tokens, places), of which the model's own encoder
+                  makes them
         times     fp32 [N], t of every shot of the geometry, in [0, 1]
         geometry  of the rows given here; a SceneLayout stands for `layout.geometry(device)`
         cache     keys and values of earlier shots; the rows given here are written into it at `geometry.slots`,
@@ -188,6 +198,8 @@ class MMDiT(nn.Module):
         Returns [S_video, patch channels]. Global prompts get a velocity like any shot; callers discard it.
         """
         choice = Choice.of(impl)
+        if isinstance(text, tuple):
+            text = self.encoder(*text)
         if isinstance(geometry, SceneLayout):
             geometry = geometry.geometry(video.device, cross=self.config.cross)
         if not torch.compiler.is_compiling():  # sizes read here would become guards, one compilation a layout
@@ -195,6 +207,8 @@ class MMDiT(nn.Module):
         text = text.to(video.dtype)
         shots = self.condition(times, text, geometry)
         x_text, x_video = self.embed(text, video, times, geometry, choice)
+        if geometry.shared is not None and geometry.cross is None:
+            x_text = x_text[slice(*geometry.shared.text)]
         nowhere = [None] * len(self.blocks)
         caches = nowhere if cache is None else cache.at(cast(Tensor, geometry.slots))
         x_video = self.run_blocks(x_text, x_video, shots, geometry, zip(caches, pool or nowhere, strict=True), choice)
@@ -256,33 +270,21 @@ class MMDiT(nn.Module):
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def cost(self) -> Cost:
+        """Floating-point operations: matrix products by kind of row, attention by visible pair."""
+        c, products = self.config, {"shot": 0, "text": 0, "video": 0, "joint": 0}
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                products[self.rows_of(name)] += 2 * module.weight.numel()
+        return Cost(products, c.blocks * 4 * c.heads * c.head_dim, c.cross)
+
     def flops(self, geometry: Geometry | SceneLayout) -> int:
-        """Floating-point operations of one forward pass, matrix products and attention over visible pairs; a training
-        step takes three times the products and 3.5 times the attention, see `training_flops`."""
-        products, attended = self._flops(geometry)
-        return products + attended
+        """Floating-point operations of one forward pass; see `Cost`."""
+        return self.cost().forward(geometry)
 
     def training_flops(self, geometry: Geometry | SceneLayout) -> int:
         """The same of one forward and backward pass."""
-        products, attended = self._flops(geometry)
-        return 3 * products + attended * 7 // 2
-
-    def _flops(self, geometry: Geometry | SceneLayout) -> tuple[int, int]:
-        if isinstance(geometry, SceneLayout) and self.config.cross:
-            geometry = geometry.geometry(cross=True)
-        if isinstance(geometry, SceneLayout):
-            pairs = geometry.pairs
-        else:
-            pairs = geometry.plan.pairs + (geometry.cross.pairs if geometry.cross is not None else 0)
-        c, shots = self.config, geometry.shots
-        text, video = sum(s.text for s in shots), sum(s.video_rows for s in shots)
-        rows = {"shot": len(shots), "text": text, "video": video, "joint": text + video}
-        products = sum(
-            2 * module.weight.numel() * rows[self.rows_of(name)]
-            for name, module in self.named_modules()
-            if isinstance(module, Linear)
-        )
-        return products, c.blocks * 4 * pairs * c.heads * c.head_dim
+        return self.cost().training(geometry)
 
     def rows_of(self, name: str) -> str:
         """What the product called `name` is computed for: each "shot", or the rows "text", "video" or "joint"."""

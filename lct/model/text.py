@@ -26,6 +26,10 @@ class TextEncoder(Protocol):
         [L], of a frozen one features [L, text channels], so that it runs once and not in every step."""
         ...
 
+    def length(self, prompt: str) -> int:
+        """Rows that `tokenize` would give, without reading them."""
+        ...
+
     def __call__(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Tokens of packed prompts, and places int64 [S_text], where in its prompt each stands -> features [S_text,
         text channels]."""
@@ -46,6 +50,9 @@ class WordEncoder(nn.Module):
         words = [word.lower() for word in _WORDS.findall(prompt)]
         return torch.tensor([1 + zlib.crc32(word.encode(), _SALT) % (self.vocabulary - 1) for word in words] or [NULL])
 
+    def length(self, prompt: str) -> int:
+        return len(self.tokenize(prompt))
+
     def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
         """tokens, places int64 [S_text] -> [S_text, channels]."""
         waves = time_features(places.to(self.words.weight.dtype) / 1000, _WAVES)
@@ -53,13 +60,17 @@ class WordEncoder(nn.Module):
 
 
 class Finished:
-    """A frozen encoder, whose features are the tokens: `lookup` turns a prompt into them."""
+    """A frozen encoder, whose features are the tokens: `lookup` turns a prompt into them, `count` says how many rows
+    that will be."""
 
-    def __init__(self, lookup: Callable[[str], Tensor]):
-        self.lookup = lookup
+    def __init__(self, lookup: Callable[[str], Tensor], count: Callable[[str], int] | None = None):
+        self.lookup, self.count = lookup, count
 
     def tokenize(self, prompt: str) -> Tensor:
         return self.lookup(prompt)
+
+    def length(self, prompt: str) -> int:
+        return len(self.lookup(prompt)) if self.count is None else self.count(prompt)
 
     def __call__(self, tokens: Tensor, places: Tensor) -> Tensor:
         return tokens

@@ -47,11 +47,17 @@ class FeatureTable:
         if not self._files:
             raise FileNotFoundError(f"{self.root}: expected {TEXT} of encoded scenes, found none; run lct encode first")
         self.tokenize = lru_cache(maxsize=64)(self._read)  # a prompt of Wan is 8 MB
+        self.length = lru_cache(maxsize=None)(self._length)
 
     def check(self, prompts: Iterable[str]) -> None:
         """ValueError where a prompt was not encoded; before any training."""
         for prompt in prompts:
             self._file(prompt)
+
+    def _length(self, prompt: str) -> int:
+        """L, without the rows."""
+        with safe_open(self._file(prompt), "pt") as file:
+            return file.get_slice(_name(prompt)).get_shape()[0]
 
     def _file(self, prompt: str) -> Path:
         file = self._files.get(_name(prompt))

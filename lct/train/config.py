@@ -53,7 +53,7 @@ class TrainConfig:
     """λ of the positions: 0 rotates video only, 1 is the paper's layout (§ 3.2.2)."""
     steps: int
     scenes: int
-    """Scenes of the global batch."""
+    """Scenes of the global batch; see `batch_rows`."""
     lr: float
     warmup: int
     """Steps of linear warm-up."""
@@ -84,6 +84,8 @@ class TrainConfig:
     """λ at the first step, from which it goes evenly to `text_scale` over `text_scale_steps`; None: no such way. From 0
     it begins exactly as a model that does not rotate text."""
     text_scale_steps: int = 0
+    batch_rows: int = 0
+    """Rows of the global batch: scenes are drawn until they have as many; 0: `scenes` of them."""
     lora: int = 0
     """Rank of low-rank changes that alone are trained, beside the frozen weights of `init`; 0 trains all weights."""
     init_digest: Annotated[str | None, tyro.conf.Suppress] = None
@@ -96,6 +98,8 @@ class TrainConfig:
             raise ValueError(
                 f"steps, scenes, save_every: expected at least 1, got {self.steps}, {self.scenes}, {self.save_every}"
             )
+        if self.batch_rows < 0:
+            raise ValueError(f"batch_rows: expected 0 or more, got {self.batch_rows}")
         if self.lora < 0 or (self.lora and self.init is None):
             raise ValueError(f"lora: expected 0, or a rank beside the weights of init, got {self.lora} and {self.init}")
         if (self.text_scale_start is None) != (self.text_scale_steps == 0) or self.text_scale_steps < 0:

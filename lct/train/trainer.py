@@ -3,50 +3,55 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lct.data.atomic import new_file
-from lct.data.batch import Batch, Dataset, draw_batch
-from lct.data.folder import SceneFolder
+from lct.data.batch import Batch, Dataset
+from lct.data.folder import SceneFolder, StoredScenes
 from lct.data.toy import ToyScenes
-from lct.model.flow import logit_normal, noised, shift_time, shot_losses, shot_shift
+from lct.layout import Geometry
+from lct.model.cost import peak_flops
+from lct.model.flow import logit_normal, noised, shift_time, shot_shift
 from lct.model.mmdit import MMDiT
 from lct.model.text import Finished
 from lct.pretrained.features import FeatureTable, prompts_of
-from lct.train.checkpoint import checkpoints, latest, load_config, save_checkpoint, verify
+from lct.train.checkpoint import Saver, checkpoints, latest, load_config, newest_whole, read_into, stored, sweep
 from lct.train.config import TrainConfig
-from lct.train.weights import assign_weights, available, settled, starting_model, trained
+from lct.train.execution import HERE, Execution
+from lct.train.interrupts import Interrupts, Stopped, abandoned_when
+from lct.train.processes import Processes, own
+from lct.train.record import NOISE_LEVELS, Log, StepRecord, memory, trim_log
+from lct.train.steps import StepData, Steps, reading, warn_of
+from lct.train.weights import assign_weights, settled, starting_model, trained
+
+MOST_SKIPPED = 5  # steps in a row that are not finite before a run gives up
+
+Sampler = Callable[[MMDiT, int], None]
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did; a line of `log.jsonl`."""
+class Losses(NamedTuple):
+    """Of one pass, in fp32: `total`, to be differentiated, is the sum of `each` over shots.
 
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    rows: int
-    shots: int
-    seconds: float
-    tflops: float
+    each  [N] of every shot, its mean squared velocity error; of rows elsewhere nothing is known here
+    """
 
-    def line(self) -> str:
-        return json.dumps(vars(self))
+    total: Tensor
+    each: Tensor
 
 
 def dataset(config: TrainConfig) -> Dataset:
-    """Toy scenes, or a folder of ingested ones. ValueError, before any training, where the folder lacks a kind of scene
-    that the mixture asks for, or the model's patch does not divide its latents."""
+    """Toy scenes, or those on disk. ValueError, before any training, where a kind of scene is missing that the mixture
+    asks for, or the model's patch does not divide some latents."""
     data = config.data
     if data.source == "toy":
         return ToyScenes(data.toy, max_shots=max(2, data.shots))
@@ -55,49 +60,90 @@ def dataset(config: TrainConfig) -> Dataset:
     return scenes
 
 
-def batch_loss(model: MMDiT, batch: Batch, times: Tensor, text_scale: float, dtype: torch.dtype, impl: str) -> Tensor:
-    """Mean over shots of each shot's mean squared velocity error (Eq. 1, § 3.4).
+def shot_errors(
+    model: MMDiT,
+    batch: Batch,
+    times: Tensor,
+    text_scale: float,
+    dtype: torch.dtype,
+    impl: str,
+    together: Callable[[Geometry], Geometry] = lambda geometry: geometry,
+) -> Losses:
+    """Each shot's mean squared velocity error (Eq. 1, § 3.4), of the rows that this process computes.
 
-    times  fp32 [N], t of every shot; global prompts are noiseless, have t = 0 and no loss.
+    times     fp32 [N], t of every shot; global prompts are noiseless, have t = 0 and no loss
+    together  the rows of this process, of all rows; see `Processes.together`
     """
     device = model.video_in.weight.device
-    geometry = batch.layout.geometry(device, text_scale, model.config.cross)
+    whole = batch.layout.geometry(device, text_scale, model.config.cross)
     is_shot = batch.is_shot.to(device)
     times = torch.where(is_shot, times.to(device), 0.0)
+    counts = torch.tensor([shot.video_rows for shot in batch.layout.shots], device=device)
+    geometry = together(whole)
+    rows = slice(None) if geometry.shared is None else slice(*geometry.shared.video)
     shot = geometry.streams.video_shot
-    flow = noised(batch.latents.to(device), batch.noise.to(device), times[shot])
-    text = model.encoder(batch.tokens.to(device), batch.places.to(device))
-    velocity = model(flow.z_t.to(dtype), text, times, geometry, impl=impl)
-    losses = shot_losses(velocity, flow.target, shot, len(times))
-    has_loss = is_shot & (torch.bincount(shot, minlength=len(times)) > 0)
-    return losses[has_loss].mean()
+    flow = noised(batch.latents[rows].to(device), batch.noise[rows].to(device), times[shot])
+    velocity = model(flow.z_t.to(dtype), (batch.tokens.to(device), batch.places.to(device)), times, geometry, impl=impl)
+    errors = (velocity.float() - flow.target.float()).square().mean(dim=1)
+    sums = errors.new_zeros(len(times)).index_add(0, shot, errors)
+    each = torch.where(is_shot, sums / counts.clamp(min=1), 0.0)
+    return Losses(each.sum(), each.detach())
+
+
+def batch_loss(model: MMDiT, batch: Batch, times: Tensor, text_scale: float, dtype: torch.dtype, impl: str) -> Tensor:
+    """Mean over shots of `shot_errors`."""
+    return shot_errors(model, batch, times, text_scale, dtype, impl).total / batch.losses
 
 
 class Trainer:
-    """One stage: its model, moving average and optimiser, and the folder it writes to.
+    """One stage: its model, moving average and optimiser, and the folder it writes to; in one process or many.
 
-    Resuming continues bitwise on the CPU: data, noise and times depend on (seed, step, slot) alone.
+    Data, noise and times depend on (seed, step, slot) alone: the same run on other processes learns the same, and a
+    resumed one goes on as if it had not stopped, on the same processes bit for bit (on the CPU).
+
+    sampler  called with the averaged weights every `execution.sample_every` steps, on every process
     """
 
-    def __init__(self, config: TrainConfig, out: str | Path, device: str = "cpu", impl: str = "auto"):
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: str | Path,
+        device: str = "cpu",
+        impl: str = "auto",
+        execution: Execution = HERE,
+        sampler: Sampler | None = None,
+    ):
         config = settled(config)
-        self.config, self.out, self.device, self.impl = config, Path(out), available(device), impl
+        self.config, self.out, self.impl, self.execution, self.sampler = config, Path(out), impl, execution, sampler
+        self.processes = Processes(execution, device)
+        self.device = self.processes.device
         self.dataset = dataset(config)
         encoder = None if config.model.vocabulary else _features(config, self.dataset)
         resumed = checkpoints(self.out) and not config.lora  # which need the weights that they were trained beside
-        self.model = starting_model(replace(config, init=None) if resumed else config, device)
+        self.model = starting_model(replace(config, init=None) if resumed else config, self.device)
         if encoder is not None:
             self.model.text_encoder = encoder
+        self.dtype = getattr(torch, config.compute_dtype)
+        self.steps = Steps(
+            config, self.dataset, self.model, self.processes.data, self.processes.datas,
+            execution.pass_rows, execution.damaged == "skip",
+        )  # fmt: skip
+        self.processes.spread(self.model, self.dtype)
         self.trained = trained(self.model)
-        self.named = nn.ParameterDict({_attribute(name): weight for name, weight in self.trained.items()})
+        self.named = nn.ParameterDict(
+            {_attribute(name): nn.Parameter(own(weight.detach()), False) for name, weight in self.trained.items()}
+        )
         self.ema = AveragedModel(self.named, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.averages: dict[str, Tensor] = {
-            name: self.ema.module.get_parameter(_attribute(name)) for name in self.trained
+            name: _like(weight, self.ema.module.get_parameter(_attribute(name)).data)
+            for name, weight in self.trained.items()
         }
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.step = 0
+        self.saver = Saver(self.out, execution.keep, execution.save_beside, self.processes.cpu_mesh)
+        self.interrupts = Interrupts()
+        self.step = self.skipped = self._in_a_row = 0
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then linear decay to `lr_end` of the peak."""
@@ -106,103 +152,242 @@ class Trainer:
         fall = max(0.0, step - c.warmup) / max(1, c.steps - c.warmup)
         return c.lr * rise * (1 + (c.lr_end - 1) * fall)
 
-    def batch(self, step: int) -> Batch:
+    def times(self, batch: Batch) -> Tensor:
+        """t of every shot of a batch, fp32 [N] (§ 3.2.3, § 3.4)."""
         c = self.config
-        return draw_batch(
-            self.dataset, self.model.encoder.tokenize, c.model.patch, c.visibility, c.data.mixture,
-            c.data.image_probability, c.data.drop_probability, c.scenes, c.seed, step, c.shared_time, c.one_place,
-            c.model.cross,
-        )  # fmt: skip
-
-    def train_step(self) -> StepRecord:
-        c, began = self.config, time.perf_counter()
-        batch = self.batch(self.step)
         shifts = [shot_shift(c.shift, shot.video_rows, c.shift_rows) for shot in batch.layout.shots]
-        times = shift_time(logit_normal(batch.normal, c.time_mean, c.time_std), torch.tensor(shifts))
+        return shift_time(logit_normal(batch.normal, c.time_mean, c.time_std), torch.tensor(shifts))
+
+    def train_step(self, data: Iterator[StepData] | None = None) -> StepRecord:
+        """One step; where loss or gradient is not finite, nothing but the count of steps changes.
+
+        data  where the step's data come from; None: read here
+        """
+        began = time.perf_counter()
+        read = self.steps[self.step] if data is None else next(data)
+        waited = time.perf_counter() - began
+        warn_of(read.damaged)
+        per_batch = 1 / self.execution.context  # as many processes count the same batch
+        batches = [batch for batch, counts in read.passes if counts]
+        counted = [(b.losses, b.layout.rows, len(b.layout.scenes), self.steps.cost.training(b.layout)) for b in batches]
+        totals = [sum(column) for column in zip(*counted, strict=True)] or [0] * 4
+        shots, rows, scenes, flops = self.processes.sum([per_batch * n for n in totals])
+        levels = self._backward(read.passes, max(1.0, shots))
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        loss = sum(levels[0])
+        finite = math.isfinite(loss) and math.isfinite(norm)
         rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        scale = c.text_scale_at(self.step)
-        loss = batch_loss(self.model, batch, times, scale, getattr(torch, c.compute_dtype), self.impl)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.ema.update_parameters(self.named)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), c.clip)
-        if not math.isfinite(norm.item()):
-            raise FloatingPointError(f"step {self.step}: gradient norm {norm.item()}; nothing was updated or saved")
-        self.optimizer.step()
-        self.ema.update_parameters(self.named)
+        self._in_a_row = 0 if finite else self._in_a_row + 1
+        self.skipped += not finite
         self.step += 1
-        seconds = time.perf_counter() - began
-        flops = self.model.training_flops(batch.layout)
-        shots = int(batch.is_shot.sum())
+        seconds, peak = time.perf_counter() - began, peak_flops(self.device)
         return StepRecord(
-            self.step, loss.item(), norm.item(), rate, batch.layout.rows, shots, seconds, flops / seconds / 1e12
+            step=self.step,
+            loss=loss / max(1.0, shots) if finite else None,
+            by_noise=tuple(s / n if n and math.isfinite(s) else None for s, n in zip(*levels, strict=True)),
+            grad_norm=norm if finite else None,
+            lr=rate,
+            rows=round(rows),
+            shots=round(shots),
+            scenes=round(scenes),
+            seconds=seconds,
+            wait=waited,
+            tflops=flops / seconds / 1e12,
+            mfu=None if peak is None else flops / seconds / peak / self.processes.count,
+            rows_per_second=rows / seconds,
+            memory=memory(self.device),
+            imbalance=read.imbalance,
+            skipped=self.skipped,
         )
 
-    def run(self, progress=None) -> Path:
+    def _backward(self, passes: list[tuple[Batch, bool]], shots: float) -> tuple[list[float], list[float]]:
+        """Gradients of the mean loss over all shots of all processes; per noise level, the sum of losses and the number
+        of shots, over all processes."""
+        scale = self.config.text_scale_at(self.step)
+        sums, counts = torch.zeros(NOISE_LEVELS), torch.zeros(NOISE_LEVELS)
+        for i, (batch, weighs) in enumerate(passes):
+            times = self.times(batch)
+            with self.processes.one_pass(self.model, last=i == len(passes) - 1):
+                losses = shot_errors(self.model, batch, times, scale, self.dtype, self.impl, self.processes.together)
+                # FSDP takes the mean over processes, what is wanted is the sum
+                (losses.total * (self.processes.count / shots if weighs else 0.0)).backward()
+            if weighs:
+                level = (times * NOISE_LEVELS).long().clamp(0, NOISE_LEVELS - 1)
+                sums.index_add_(0, level, losses.each.cpu())
+                counts.index_add_(0, level, batch.has_loss.float() / self.execution.context)
+        total = self.processes.sum([*sums.tolist(), *counts.tolist()])
+        return total[:NOISE_LEVELS], total[NOISE_LEVELS:]
+
+    def run(self, progress: Callable[[StepRecord], None] | None = None) -> Path:
         """Train to the end, logging each step and saving as configured; returns the last checkpoint.
 
-        Raises ValueError where the folder holds another run's checkpoints: those are resumed or left alone.
+        Told to stop by SIGTERM or SIGINT, it saves within a step and raises `Stopped`. ValueError where the folder
+        holds another run's checkpoints: those are resumed or left alone. FloatingPointError after several steps in a
+        row that are not finite, none of which changed the weights. OSError where a checkpoint cannot be written.
         """
         if self.step == 0 and checkpoints(self.out):
             raise ValueError(f"{self.out}: holds checkpoints; resume() goes on from them, or choose another folder")
-        while self.step < self.config.steps:
-            record = self.train_step()
-            self.out.mkdir(parents=True, exist_ok=True)
-            with (self.out / "log.jsonl").open("a") as log:
-                log.write(record.line() + "\n")
-            if progress is not None:
-                progress(record)
-            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                self.save()
+        log = Log(self.out, self.execution.tensorboard) if self.processes.first else None
+        data = reading(self.steps, self.step, self.config.steps, self.execution.workers)
+        saved = self.step if checkpoints(self.out) else -1
+        try:
+            with self.interrupts, self._profiled() as profile:
+                while True:
+                    stop, failed = self.processes.any(self.interrupts.wanted, self.saver.failed)
+                    if failed:
+                        self.saver.wait()
+                        raise OSError(f"{self.out}: another process could not write its part of a checkpoint")
+                    end = self.step >= self.config.steps
+                    due = end or (self.step > 0 and self.step % self.config.save_every == 0)
+                    if (stop or due) and self.step != saved and not self._in_a_row:
+                        self.save()
+                        saved = self.step
+                    if stop and not end:
+                        self.saver.wait()
+                        raise Stopped(self.interrupts.number or 15, saved)
+                    if end:
+                        break
+                    record = self.train_step(data)
+                    if log is not None:
+                        log.write(record)
+                    if progress is not None:
+                        progress(record)
+                    if profile is not None:
+                        profile.step()
+                    if self._in_a_row >= MOST_SKIPPED:
+                        raise FloatingPointError(
+                            f"{self._in_a_row} steps up to {self.step} had a loss or gradient that was not finite, and "
+                            "changed nothing; lower lr, or look into the data"
+                        )
+                    if self.execution.sample_every and self.step % self.execution.sample_every == 0:
+                        self._sample()
+            self.saver.wait()
+        finally:
+            if log is not None:
+                log.close()
         return latest(self.out)
 
+    def _sample(self) -> None:
+        if self.sampler is None:
+            return
+        wanted = lambda: self.processes.any(self.interrupts.wanted)[0]  # noqa: E731
+        with self.averaged_weights(), abandoned_when(self.model, wanted):
+            self.model.eval()
+            self.sampler(self.model, self.step)
+        self.model.train()
+
+    @contextmanager
+    def averaged_weights(self):
+        """The model with the moving average of its weights, in place."""
+        with torch.no_grad():
+            kept = {name: own(weight).clone() for name, weight in self.trained.items()}
+            for name, weight in self.trained.items():
+                own(weight).copy_(own(self.averages[name]))
+            try:
+                yield
+            finally:
+                for name, weight in self.trained.items():
+                    own(weight).copy_(kept[name])
+
     def averaged(self) -> MMDiT:
-        """A copy of the model with the moving average of its weights."""
+        """A copy of the model with the moving average of its weights; of one that is not sharded."""
         model = copy.deepcopy(self.model)
         assign_weights(trained(model), self.averages, self.out)
         return model.eval().requires_grad_(False)
 
+    def _profiled(self):
+        """torch's profiler over some steps, on the first process, where the execution asks for it."""
+        active = self.execution.profile
+        if not active or not self.processes.first:
+            return nullcontext()
+        self.out.mkdir(parents=True, exist_ok=True)
+        return torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=active, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(self.out / "trace.json")),
+        )
+
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
+        """Write a checkpoint; FloatingPointError, and nothing is written, where weights are not finite."""
+        broken = [n for n, w in self.trained.items() if not own(w).isfinite().all()]
+        if self.processes.any(bool(broken))[0]:
+            raise FloatingPointError(f"step {self.step}: weights are not finite ({broken[:1]}); nothing was saved")
         names = {id(p): name for name, p in self.trained.items()}
         state = {
             f"{names[id(p)]}.{key}": value
             for p, values in self.optimizer.state.items()
             for key, value in values.items()
         }
-        ema = {"n_averaged": self.ema.n_averaged}
-        tensors = {"model": self.trained, "ema": self.averages, "optimizer": state | ema}
-        return save_checkpoint(self.out, self.step, tensors, self.config)
+        counts = {"n_averaged": self.ema.n_averaged, "skipped": torch.tensor(self.skipped)}
+        groups = {"model": self.trained, "ema": self.averages, "optimizer": state | counts}
+        return self.saver.save(self.step, groups, self.config)
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint in the run's folder; False where there is none."""
-        log = self.out / "log.jsonl"
-        if not checkpoints(self.out):
-            _trim_log(log, 0)
+        """Continue from the newest whole checkpoint in the run's folder; False where there is none."""
+        found = self.processes.told(self._found() if self.processes.first else None)
+        if isinstance(found, Exception):
+            raise found
+        if found is None:
             return False
-        folder = latest(self.out)
-        manifest = verify(folder)
-        _check_same(load_config(folder), self.config, folder)
-        assign_weights(self.trained, load_file(folder / "model.safetensors"), folder)
-        assign_weights(self.averages, load_file(folder / "ema.safetensors"), folder)
-        state = load_file(folder / "optimizer.safetensors")
-        self.ema.n_averaged.copy_(state.pop("n_averaged"))
+        folder, step = found
+        for name, tensors in (("model", self.trained), ("ema", self.averages)):
+            _check_names(folder, stored(folder, name), tensors)
+            read_into(folder, name, tensors)
+        there, counts = stored(folder, "optimizer"), {"skipped": torch.tensor(0), "n_averaged": self.ema.n_averaged}
+        state: dict[str, Tensor] = dict(counts)
         for name, parameter in self.trained.items():
-            self.optimizer.state[parameter] = {
-                key: state[f"{name}.{key}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in state
-            }
-        self.step = manifest["step"]
-        _trim_log(log, self.step)
+            if f"{name}.exp_avg" in there:
+                values = {"step": torch.tensor(0.0)}
+                values |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = values
+                state |= {f"{name}.{key}": value for key, value in values.items()}
+        read_into(folder, "optimizer", state)
+        self.step, self.skipped = step, int(counts["skipped"])
         return True
+
+    def _found(self) -> tuple[Path, int] | Exception | None:
+        """The checkpoint to go on from, and its step, after what an interrupted run left behind is removed."""
+        try:
+            sweep(self.out)
+            if not checkpoints(self.out):
+                trim_log(self.out, 0)
+                return None
+            folder, manifest = newest_whole(self.out)
+            _check_same(load_config(folder), self.config, folder)
+            trim_log(self.out, manifest["step"])
+            return folder, manifest["step"]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _like(weight: Tensor, local: Tensor) -> Tensor:
+    """What a process holds as a part of a tensor that is sharded like `weight`."""
+    if not isinstance(weight, DTensor):
+        return local
+    return DTensor.from_local(
+        local, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride(), run_check=False
+    )
+
+
+def _check_names(folder: Path, there: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
+    for name in there.keys() ^ tensors.keys():
+        raise ValueError(f"{folder}: weight {name} is of another model configuration")
+    for name, weight in tensors.items():
+        if there[name] != tuple(weight.shape):
+            raise ValueError(f"{folder}: weight {name}: expected shape {tuple(weight.shape)}, got {there[name]}")
 
 
 def _features(config: TrainConfig, scenes: Dataset) -> Finished:
     """What was encoded of a folder's prompts; ValueError where a prompt is missing, or another model's."""
-    if not isinstance(scenes, SceneFolder):
+    if not isinstance(scenes, StoredScenes):
         raise ValueError(f"run {config.name}: its text features come from outside; name a folder of lct encode as data")
     table = FeatureTable(config.data.source)
     table.check(["", *(prompt for scene in scenes.scenes for prompt in prompts_of(scene))])
@@ -212,7 +397,7 @@ def _features(config: TrainConfig, scenes: Dataset) -> Finished:
             f"{config.data.source}: expected text features of {config.model.text_row_channels} channels, got {width}; "
             "encode it with this model's pipeline"
         )
-    return Finished(table.tokenize)
+    return Finished(table.tokenize, table.length)
 
 
 def _attribute(name: str) -> str:
@@ -226,24 +411,8 @@ def _check_same(saved: TrainConfig, current: TrainConfig, folder: Path) -> None:
     for key, value in asdict(saved).items():
         if key == "init_digest" and value is not None and value != now[key]:
             raise ValueError(f"{folder}: the weights in {current.init} are no longer those that it was trained beside")
-        if key != "init_digest" and value != now[key]:
+        if key not in ("init_digest", "save_every") and value != now[key]:
             raise ValueError(
                 f"{folder}: was written with {key}={value}, now {key}={now[key]}; "
                 "resume with the same configuration or train into another folder"
             )
-
-
-def _trim_log(file: Path, step: int) -> None:
-    """Forget the steps after the checkpoint, which will be taken again, and a line that was cut off by a crash."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(f"{line}\n")
-    with new_file(file) as temporary:
-        temporary.write_text("".join(kept))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lct.data.atomic import new_file, sha256_of
@@ -19,7 +19,7 @@ from lct.model.mmdit import MMDiT
 from lct.pretrained.files import digest_of as diffusers_digest
 from lct.pretrained.files import is_diffusers, load, shift_of
 from lct.pretrained.files import load_config as diffusers_config
-from lct.train.checkpoint import latest, load_config, verify
+from lct.train.checkpoint import load_config, newest_whole, read_whole
 from lct.train.config import TrainConfig
 from lct.train.runs import wan5b_lct
 
@@ -53,11 +53,11 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
     average from a checkpoint or a folder of checkpoints, whose hashes are checked first."""
     path = _resolved(path)
     if path.suffix != ".safetensors":
-        folder = latest(path)
-        step, config = verify(folder)["step"], load_config(folder)
+        folder, manifest = newest_whole(path, "ema")
+        step, config = manifest["step"], load_config(folder)
         # weights on the way to the paper's positions are used at the positions that they have come to
         config = replace(config, text_scale=config.text_scale_at(step), text_scale_start=None, text_scale_steps=0)
-        return load_file(folder / "ema.safetensors"), config
+        return read_whole(folder, "ema"), config
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
     try:
@@ -88,7 +88,7 @@ def digest_of(path: str | Path) -> str:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
         return sha256_of(path)
-    return verify(latest(path))["sha256"]
+    return newest_whole(path, "ema")[1]["sha256"]
 
 
 def available(device: str | torch.device) -> torch.device:
@@ -182,7 +182,7 @@ def config_of(path: str | Path) -> TrainConfig:
     if is_diffusers(path):
         return untuned(diffusers_config(path), shift_of(path))
     path = _resolved(path)
-    return load_weights(path)[1] if path.suffix == ".safetensors" else load_config(latest(path))
+    return load_weights(path)[1] if path.suffix == ".safetensors" else load_config(newest_whole(path, "none")[0])
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

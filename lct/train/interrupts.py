@@ -1,0 +1,73 @@
+"""Being told to stop: the signal is noted, and whatever runs comes to an orderly end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import FrameType
+
+from torch import nn
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """A run that was told to stop and saved; ends the program with the status that shells give to the signal."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(128 + number)
+        self.number, self.step = number, step
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name} at step {self.step}; the same command goes on from there"
+
+
+class _Abandoned(Exception):
+    """What ends a sample in the middle."""
+
+
+class Interrupts:
+    """Notes SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once, as usual."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, object] = {}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this process was told to stop."""
+        return self.number != 0
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+
+
+@contextmanager
+def abandoned_when(model: nn.Module, wanted: Callable[[], bool]):
+    """Ends what happens within, without a word, before the next forward pass of a model for which `wanted`."""
+
+    def ask(*_: object) -> None:
+        if wanted():
+            raise _Abandoned
+
+    hook = model.register_forward_pre_hook(ask)
+    try:
+        yield
+    except _Abandoned:
+        pass
+    finally:
+        hook.remove()

@@ -1,0 +1,151 @@
+"""The processes of a run: who they are, what they agree on, and how the model is spread over them (FSDP2, HSDP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lct.layout import Geometry
+from lct.model.mmdit import MMDiT
+from lct.model.shared import share_rows
+from lct.train.execution import Execution
+from lct.train.weights import available
+
+
+class Processes:
+    """This process among those of a run. Started without torchrun it is the only one.
+
+    rank, count   of this process, and of all
+    data, datas   which batch of a step it has a part of, and how many there are
+    context       which part of the rows of that batch
+
+    ValueError where the processes do not divide as `execution` asks.
+    """
+
+    def __init__(self, execution: Execution, device: str = "cpu"):
+        self.execution = execution
+        if dist.is_torchelastic_launched() and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        alone = not dist.is_initialized()
+        self.rank, self.count = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        if device == "cuda" and not alone:
+            device = f"cuda:{dist.distributed_c10d.get_node_local_rank()}"
+            torch.cuda.set_device(device)
+        self.device = available(device)
+        e = execution
+        if self.count % (e.replicate * e.context):
+            raise ValueError(
+                f"replicate, context: expected a product that divides {self.count} processes, "
+                f"got {e.replicate} · {e.context}"
+            )
+        self.datas, (self.data, self.context) = self.count // e.context, divmod(self.rank, e.context)
+        self.group = self.mesh = self.cpu_mesh = None
+        if not alone:
+            self.mesh, self.cpu_mesh = (self._mesh(kind) for kind in (self.device.type, "cpu"))
+            by_batch = init_device_mesh(self.device.type, (self.datas, e.context), mesh_dim_names=("data", "context"))
+            self.group = by_batch["context"].get_group().group_name
+
+    def _mesh(self, kind: str):
+        e = self.execution
+        if e.replicate > 1:
+            shape, names = (e.replicate, self.count // e.replicate), ("replicate", "shard")
+            return init_device_mesh(kind, shape, mesh_dim_names=names)
+        return init_device_mesh(kind, (self.count,), mesh_dim_names=("shard",))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, in fp64 on the CPU."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any process raised it."""
+        return [value > 0 for value in self.sum([float(flag) for flag in flags])]
+
+    def told(self, value: Any = None) -> Any:
+        """The first process's value, on all."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def together(self, geometry: Geometry) -> Geometry:
+        """The rows of a pass that this process computes."""
+        if self.execution.context == 1:
+            return geometry
+        return share_rows(geometry, self.context, self.execution.context, cast(str, self.group))
+
+    def spread(self, model: MMDiT, dtype: torch.dtype) -> None:
+        """Recompute, compile and shard a model as the execution says, in this order; changed in place.
+
+        dtype  of the streams: on GPUs gathered weights have it, and gradients are summed in fp32
+        """
+        e, c = self.execution, model.config
+        if c.heads % e.context or c.kv_heads % e.context:
+            raise ValueError(
+                f"context: expected a divisor of {c.heads} heads and {c.kv_heads} key heads, got {e.context}"
+            )
+        if e.recompute != "none":
+            for block in model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **_recomputed(e.recompute))
+        if e.compile:
+            for block in model.blocks:
+                block.compile(fullgraph=True, dynamic=True)
+        if self.mesh is None:
+            return
+        half = dtype if self.device.type == "cuda" and dtype.itemsize == 2 else None
+        policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
+        shard = partial(fully_shard, mesh=self.mesh, mp_policy=policy)
+        if isinstance(model.text_encoder, nn.Module):
+            shard(model.text_encoder)
+        for block in model.blocks:
+            shard(block, reshard_after_forward=e.gather_again)
+        shard([model.last_modulation, model.video_out], reshard_after_forward=False)
+        shard(model, reshard_after_forward=e.gather_again)
+
+    @contextmanager
+    def one_pass(self, model: nn.Module, last: bool):
+        """The forward and backward of one pass of a step; only in the last one are gradients summed over processes."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last or self.execution.gather_again)
+        yield
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def own(x: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _recomputed(mode: str) -> dict[str, Any]:
+    if mode == "all":
+        return {}
+
+    def kept(context, operation, *args, **kwargs):
+        attention = operation == torch.ops.lct.attention_forward.default
+        return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return {"context_fn": partial(create_selective_checkpoint_contexts, kept)}

@@ -1,0 +1,102 @@
+"""Functions of this file in several processes, with gloo, as torchrun starts them."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lct.model.config import tiny
+from lct.train.config import TrainConfig
+from lct.train.runs import tiny_lct
+
+
+def small(**changes) -> TrainConfig:
+    """Ragged scenes of a small model, a few of them in each step."""
+    model = replace(tiny(), blocks=2, width=32, heads=2, kv_heads=2, head_dim=16, rope_axes=(4, 6, 6), mlp_width=64)
+    config = replace(tiny_lct(), model=model, init=None, steps=20, scenes=2, save_every=10, warmup=2, ema=0.9, lr=3e-3)
+    return replace(config, **changes)
+
+
+def start(
+    count: int, function: str, *arguments, timeout: float = 300, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Run a function of this file in `count` processes; arguments are strings."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    command = [sys.executable, *launcher, __file__, function, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def config_of(changes: str) -> TrainConfig:
+    """`small` with changes; those of its model and data have their names before them."""
+    fields = json.loads(changes)
+    config = small(**{key: value for key, value in fields.items() if "." not in key})
+    for part in ("model", "data"):
+        inner = {key.split(".")[1]: value for key, value in fields.items() if key.startswith(f"{part}.")}
+        config = replace(config, **{part: replace(getattr(config, part), **inner)})
+    return config
+
+
+def train(out: str, execution: str = "{}", changes: str = "{}", until: str = "", steps: str = "") -> None:
+    """Train `small`, or go on with it; with "until" up to a step, where it saves."""
+    from lct.train.execution import Execution
+    from lct.train.interrupts import Stopped
+    from lct.train.trainer import Trainer
+
+    config = config_of(changes)
+    trainer = Trainer(config, out, execution=Execution(**json.loads(execution)))
+    trainer.resume()
+
+    def progress(record) -> None:
+        if until and record.step >= int(steps):
+            trainer.interrupts.number = signal.SIGTERM
+
+    try:
+        trainer.run(progress)
+    except Stopped:
+        assert until
+
+
+def gradients(out: str, execution: str = "{}", changes: str = "{}") -> None:
+    """Gradients of the first step, whole, in a file."""
+    from safetensors.torch import save_file
+    from torch.distributed.tensor import DTensor
+
+    from lct.train.execution import Execution
+    from lct.train.trainer import Trainer
+
+    trainer = Trainer(config_of(changes), out, execution=Execution(**json.loads(execution)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # away from zero gates, so that every weight has a gradient
+        for weight in trainer.trained.values():
+            noise = 0.1 * torch.randn(weight.shape, generator=generator)
+            if isinstance(weight, DTensor):
+                from torch.distributed.tensor import distribute_tensor
+
+                noise = distribute_tensor(noise, weight.device_mesh, weight.placements)
+            weight.add_(noise)
+    data = trainer.steps[0]
+    shots = trainer.processes.sum([sum(b.losses for b, counts in data.passes if counts) / trainer.execution.context])[0]
+    levels = trainer._backward(data.passes, shots)
+    found = {
+        name: (w.grad.full_tensor() if isinstance(w.grad, DTensor) else w.grad)
+        for name, w in trainer.trained.items()
+        if w.grad is not None
+    }
+    if trainer.processes.first:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        found["loss"] = torch.tensor(sum(levels[0]) / shots, dtype=torch.float64)
+        save_file({k: v.contiguous() for k, v in found.items()}, Path(out) / "gradients.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

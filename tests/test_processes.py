@@ -1,0 +1,128 @@
+"""One process, sharded weights, shared rows: the same losses and gradients; checkpoints go from any number to any."""
+
+import json
+
+import pytest
+import torch
+from processes import start
+from safetensors.torch import load_file
+
+from lct.layout import SceneLayout, Shot
+from lct.model.shared import share_rows
+from lct.train.checkpoint import newest_whole, read_whole
+
+WAYS = {
+    "one process again": (1, {"recompute": "all"}),
+    "one process, attention kept": (1, {"recompute": "attention"}),
+    "one process, several passes": (1, {"pass_rows": 150}),
+    "sharded": (2, {}),
+    "sharded, weights held": (2, {"gather_again": False, "pass_rows": 150, "recompute": "attention"}),
+    "replicated": (2, {"replicate": 2, "recompute": "all"}),
+    "shared rows": (2, {"context": 2}),
+    "shared rows, recomputed": (2, {"context": 2, "recompute": "all"}),
+}
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """Gradients of the first step, and 20 steps, in one process."""
+    root = tmp_path_factory.mktemp("usual")
+    start(1, "gradients", root / "gradients")
+    start(1, "train", root / "train")
+    return load_file(root / "gradients" / "gradients.safetensors"), root / "train"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_one_process(way, usual, tmp_path):
+    count, execution = WAYS[way]
+    start(count, "gradients", tmp_path, json.dumps(execution))
+    found, expected = load_file(tmp_path / "gradients.safetensors"), usual[0]
+    assert found.keys() == expected.keys() and len(found) > 50
+    assert abs(found["loss"] - expected["loss"]) <= 1e-5 * expected["loss"]
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 5e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("way", ["sharded", "shared rows", "one process, several passes", "shared rows, recomputed"])
+def test_twenty_steps_are_those_of_one_process(way, usual, tmp_path):
+    count, execution = WAYS[way]
+    start(count, "train", tmp_path, json.dumps(execution))
+    told, expected = log(tmp_path), log(usual[1])
+    assert len(told) == len(expected) == 20
+    for a, b in zip(told, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert (a["rows"], a["shots"], a["scenes"]) == (b["rows"], b["shots"], b["scenes"])
+        for x, y in zip(a["by_noise"], b["by_noise"], strict=True):
+            assert x == y if None in (x, y) else x == pytest.approx(y, rel=1e-4)
+
+
+def test_a_run_goes_on_with_any_number_of_processes(usual, tmp_path):
+    """Two, one, two: stopped at steps 5 and 15, and as if it had not been."""
+    for count, steps in ((2, 5), (1, 15), (2, 20)):
+        start(count, "train", tmp_path, "{}", json.dumps({"save_every": 5}), "until", steps)
+    told, expected = log(tmp_path), log(usual[1])
+    assert [line["step"] for line in told] == list(range(1, 21))
+    for a, b in zip(told, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    ours, theirs = (read_whole(newest_whole(folder)[0], "ema") for folder in (tmp_path, usual[1]))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.allclose(ours[name], weight, rtol=1e-4, atol=1e-6), name
+
+
+def test_the_same_processes_go_on_bit_for_bit(tmp_path):
+    start(2, "train", tmp_path / "whole", "{}", json.dumps({"steps": 8, "save_every": 4}))
+    for steps in (4, 8):
+        start(2, "train", tmp_path / "parts", "{}", json.dumps({"steps": 8, "save_every": 4}), "until", steps)
+    assert [line["loss"] for line in log(tmp_path / "parts")] == [line["loss"] for line in log(tmp_path / "whole")]
+    whole, parts = (newest_whole(tmp_path / name)[0] for name in ("whole", "parts"))
+    for group in ("model", "ema", "optimizer"):
+        a, b = read_whole(whole, group), read_whole(parts, group)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_fewer_scenes_than_processes(tmp_path, usual):
+    start(1, "train", tmp_path / "one", "{}", json.dumps({"scenes": 1, "steps": 6}))
+    start(2, "train", tmp_path / "two", "{}", json.dumps({"scenes": 1, "steps": 6}))
+    for a, b in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("cross", [False, True], ids=["joint", "cross"])
+def test_shared_rows_are_all_rows(cross, count):
+    shots = [Shot(3, (1, 1, 1), "global"), Shot(5, (2, 2, 3)), Shot(4, (1, 3, 1)), Shot(0, (1, 1, 1))]
+    layout = SceneLayout([shots[1:] if cross else shots, shots[1:3]])
+    whole = layout.geometry(cross=cross)
+    parts = [share_rows(whole, index, count, "none") for index in range(count)]
+    size = parts[0].shared.size
+    assert torch.equal(torch.cat([p.positions for p in parts]), whole.positions)
+    for stream in ("text", "video"):
+        rows = [getattr(p.streams, f"{stream}_rows") + i * size for i, p in enumerate(parts)]
+        assert torch.equal(torch.cat(rows), getattr(whole.streams, f"{stream}_rows"))
+        shot = torch.cat([getattr(p.streams, f"{stream}_shot") for p in parts])
+        assert torch.equal(shot, getattr(whole.streams, f"{stream}_shot"))
+        for p in parts:
+            counts = torch.bincount(getattr(p.streams, f"{stream}_shot"), minlength=len(layout.shots))
+            assert torch.equal(getattr(p.streams, f"{stream}_starts").diff().long(), counts)
+    if cross:
+        assert torch.equal(torch.cat([p.cross.dense_mask() for p in parts]), whole.cross.dense_mask())
+
+
+def test_heads_that_do_not_divide_are_refused(tmp_path):
+    done = start(
+        2,
+        "train",
+        tmp_path,
+        json.dumps({"context": 2}),
+        json.dumps({"model.heads": 3, "model.kv_heads": 3}),
+        check=False,
+    )
+    assert done.returncode and "context: expected a divisor of 3 heads" in done.stderr
+    done = start(2, "train", tmp_path, json.dumps({"context": 3}), check=False)
+    assert done.returncode and "expected a product that divides 2 processes, got 1 · 3" in done.stderr

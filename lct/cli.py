@@ -51,6 +51,7 @@ class TrainCommand:
 
     def run(self) -> None:
         from lct.progress import training
+        from lct.train.interrupts import Stopped
         from lct.train.trainer import Trainer
         from lct.train.weights import config_of, load_weights, save_weights
 
@@ -65,8 +66,15 @@ class TrainCommand:
         first = trainer.processes.first
         if trainer.resume() and first:
             print(f"resuming {out} at step {trainer.step}")
-        with training(config.name, config.steps, trainer.step, quiet=not first) as progress:
-            folder = trainer.run(progress)
+        try:
+            with training(config.name, config.steps, trainer.step, quiet=not first) as progress:
+                folder = trainer.run(progress)
+        except Stopped as stop:
+            if first:
+                print(stop)
+            raise
+        finally:
+            trainer.processes.leave()
         if first:
             print(folder)
         if self.share is not None and first:

@@ -1,9 +1,11 @@
 """Functions of this file in several processes, with gloo, as torchrun starts them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +95,63 @@ def gradients(out: str, execution: str = "{}", changes: str = "{}") -> None:
         Path(out).mkdir(parents=True, exist_ok=True)
         found["loss"] = torch.tensor(sum(levels[0]) / shots, dtype=torch.float64)
         save_file({k: v.contiguous() for k, v in found.items()}, Path(out) / "gradients.safetensors")
+
+
+def slow(out: str, phase: str) -> None:
+    """Train, tell in a file when a phase has begun, and stay in it for a while; the status of the end is told too."""
+    from lct.train import checkpoint
+    from lct.train.execution import Execution
+    from lct.train.steps import Steps
+    from lct.train.trainer import Trainer
+
+    root = Path(out)
+
+    def tells(name: str, function, when=lambda: True):
+        def told(*arguments, **options):
+            if name == phase and when():
+                (root / "phase").write_text(name)
+                time.sleep(1.0)
+            return function(*arguments, **options)
+
+        return told
+
+    def sampler(model, step: int) -> None:
+        from lct.sample import Sampling, SceneRequest, ShotRequest, joint
+
+        request = SceneRequest(None, (ShotRequest("a cat", (2, 2, 2), 0),))
+        joint(model, [request], tells("sample", Sampling)(steps=10**5))
+
+    root.mkdir(parents=True, exist_ok=True)
+    config, execution = small(steps=10**6, save_every=4), Execution(scene=root, sample_every=6)
+    trainer = Trainer(config, out, execution=execution, sampler=sampler)
+    step = trainer.train_step
+    Steps.__getitem__ = tells("reading", Steps.__getitem__, lambda: trainer.step == 3)
+    trainer.train_step = tells("first step", tells("step", step, lambda: trainer.step == 2), lambda: trainer.step == 0)
+    checkpoint.Saver._write_own = tells("write", checkpoint.Saver._write_own)
+    try:
+        trainer.run()
+    except SystemExit as end:
+        with (root / "left").open("a") as left:
+            left.write(f"{end.code}\n")
+        trainer.processes.leave()
+        raise
+
+
+def dies(out: str) -> None:
+    """The second process ends in the middle of the fourth step."""
+    from lct.train.trainer import Trainer
+
+    trainer = Trainer(small(steps=10**6, save_every=2), out)
+
+    def progress(record) -> None:
+        if record.step == 3 and not trainer.processes.first:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        trainer.run(progress)
+    except OSError as error:
+        print("told:", error, flush=True)
+        os._exit(2)
 
 
 if __name__ == "__main__":

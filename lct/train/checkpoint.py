@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -130,7 +131,11 @@ class Saver:
         """Size and hash of every file that this process wrote."""
         for name, group in groups.items():
             writer = HuggingFaceStorageWriter(str(folder / name), save_distributed=True, thread_count=1)
-            save(dict(group), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            try:
+                save(dict(group), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            except CheckpointException as error:  # no Exception, and it tells the failures of all processes
+                failed, (cause, _) = min(error.failures.items())
+                raise OSError(f"process {failed}: {name}: {cause}") from error
         own = sorted(folder.glob(f"*/shard-{rank + 1:05d}-*"))
         for file in own:
             _sync(file)

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

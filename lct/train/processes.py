@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -87,6 +89,11 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def leave(self) -> None:
+        """Part from the others in order; a process that just ends may abort those that still wait."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     def together(self, geometry: Geometry) -> Geometry:
         """The rows of a pass that this process computes."""
         if self.execution.context == 1:
@@ -105,13 +112,15 @@ class Processes:
             )
         if e.recompute != "none":
             for block in model.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **_recomputed(e.recompute))
+                _recompute(block, e.recompute)
         if e.compile:
             for block in model.blocks:
-                block.compile(fullgraph=True, dynamic=True)
+                block.compile(fullgraph=True)
         if self.mesh is None:
             return
         half = dtype if self.device.type == "cuda" and dtype.itemsize == 2 else None
+        # compiled blocks return views, on which nothing works in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module", module="torch.distributed.fsdp")
         policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
         shard = partial(fully_shard, mesh=self.mesh, mp_policy=policy)
         if isinstance(model.text_encoder, nn.Module):
@@ -130,6 +139,12 @@ class Processes:
         yield
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error is what is left of a process that ended."""
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in words for word in ("gloo", "nccl", "connection closed"))
+
+
 def is_first() -> bool:
     """Whether this is the process that writes for all."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -140,12 +155,18 @@ def own(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _recomputed(mode: str) -> dict[str, Any]:
-    if mode == "all":
-        return {}
+def _recompute(block: nn.Module, mode: str) -> None:
+    """Compute a block again in the backward pass: all of it, or all but attention."""
 
     def kept(context, operation, *args, **kwargs):
         attention = operation == torch.ops.lct.attention_forward.default
         return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
+    contexts: dict[str, Any] = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if mode == "attention" else {}
+    )
+
+    def forward(self: nn.Module, *arguments):  # as a method, which torch.compile can see through
+        return checkpoint(type(self).forward, self, *arguments, use_reentrant=False, **contexts)
+
+    block.forward = MethodType(forward, block)

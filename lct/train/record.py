@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,12 @@ class Log:
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, record: StepRecord) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG).open("a") as log:
-            log.write(record.line() + "\n")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / LOG).open("a") as log:
+                log.write(record.line() + "\n")
+        except OSError as error:  # no reason to end a run
+            warnings.warn(f"step {record.step} is not in the log: {error}", stacklevel=2)
         if self._board is not None:
             for name, value in asdict(record).items():
                 values = (

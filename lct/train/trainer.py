@@ -29,7 +29,7 @@ from lct.train.checkpoint import Saver, checkpoints, latest, load_config, newest
 from lct.train.config import TrainConfig
 from lct.train.execution import HERE, Execution
 from lct.train.interrupts import Interrupts, Stopped, abandoned_when
-from lct.train.processes import Processes, own
+from lct.train.processes import Processes, is_lost, own
 from lct.train.record import NOISE_LEVELS, Log, StepRecord, memory, trim_log
 from lct.train.steps import StepData, Steps, reading, warn_of
 from lct.train.weights import assign_weights, settled, starting_model, trained
@@ -230,7 +230,8 @@ class Trainer:
 
         Told to stop by SIGTERM or SIGINT, it saves within a step and raises `Stopped`. ValueError where the folder
         holds another run's checkpoints: those are resumed or left alone. FloatingPointError after several steps in a
-        row that are not finite, none of which changed the weights. OSError where a checkpoint cannot be written.
+        row that are not finite, none of which changed the weights. OSError where a checkpoint cannot be written, or
+        another process ended.
         """
         if self.step == 0 and checkpoints(self.out):
             raise ValueError(f"{self.out}: holds checkpoints; resume() goes on from them, or choose another folder")
@@ -269,6 +270,14 @@ class Trainer:
                     if self.execution.sample_every and self.step % self.execution.sample_every == 0:
                         self._sample()
             self.saver.wait()
+        except RuntimeError as error:
+            if self.processes.count == 1 or not is_lost(error):
+                raise
+            stands = [folder.name for folder in checkpoints(self.out)][-1:]
+            raise ConnectionError(
+                f"process {self.processes.rank} of {self.processes.count}: another one ended after step {self.step}; "
+                f"start the run again, it goes on from {stands[0] if stands else 'its beginning'}"
+            ) from error
         finally:
             if log is not None:
                 log.close()

@@ -329,6 +329,24 @@ def encode(
         print(folder)
 
 
+def pack(scenes: tyro.conf.Positional[Path], out: Path, gigabytes: float = 1.0) -> None:
+    """Pack scene folders into few large files to train from: safetensors shards and a manifest, with checksums.
+
+    Args:
+        scenes: Folder of scenes with latents, as lct ingest and lct encode write them.
+        out: New folder of shards and manifest.jsonl.
+        gigabytes: Size of a shard, about.
+    """
+    from lct.data.folder import scene_folders
+    from lct.data.shards import write_shards
+    from lct.progress import counting
+
+    if not 0 < gigabytes < 1e6:
+        raise ValueError(f"gigabytes: expected a number above 0, got {gigabytes}")
+    with counting("pack", len(scene_folders(scenes))) as advance:
+        print(write_shards(scenes, out, int(gigabytes * 1e9), advance))
+
+
 def export(
     weights: tyro.conf.Positional[Path],
     out: Path,
@@ -440,8 +458,14 @@ def estimate(
     visibility: Literal["context_causal", "bidirectional", "isolated"] = "context_causal",
     tflops: float = 400.0,
     lora: int = 0,
+    processes: int = 1,
+    replicate: int = 1,
+    context: int = 1,
+    recompute: Literal["none", "attention", "all"] = "all",
+    gather_again: bool = True,
+    balance: int = 0,
 ) -> None:
-    """Rows, FLOPs, keys and values, and memory of a layout and a model.
+    """Rows, FLOPs, keys and values, and memory of a layout and a model, and what training takes of each process.
 
     Args:
         shots: As in `lct mask`.
@@ -449,10 +473,17 @@ def estimate(
         visibility: Who sees whom.
         tflops: Rate to turn FLOPs into seconds.
         lora: Rank of low-rank changes that alone are trained; 0 trains all weights.
+        processes: GPUs to train on, 128 in the paper.
+        replicate: As in lct train.
+        context: As in lct train.
+        recompute: As in lct train.
+        gather_again: As in lct train.
+        balance: Steps to simulate of how scenes are shared out over 8, 64 and 128 processes, such as 1000.
     """
-    from lct.estimate import print_estimate
+    from lct.estimate import Mesh, print_estimate
 
-    print_estimate(preset, parse_layout(shots, visibility), tflops, lora)
+    mesh = Mesh(processes, replicate, context, recompute, gather_again)
+    print_estimate(preset, parse_layout(shots, visibility), tflops, lora, mesh, balance)
 
 
 def doctor(validate: bool = False) -> int:
@@ -509,7 +540,7 @@ def parse_layout(words: tuple[str, ...], visibility: str):
 COMMANDS = {
     f.__name__: f
     for f in (
-        *(demo, train, sample, decode, direct, ingest, encode, export),
+        *(demo, train, sample, decode, direct, ingest, encode, pack, export),
         *(caption, plan, check, mask, estimate, doctor, bench),
     )
 }

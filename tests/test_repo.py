@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "lct.direct": (*MODEL, "lct.data", "lct.draw", "lct.pretrained", "lct.train", "lct.sample"),
     "lct.progress": (),
     "lct.report": ("lct.data.atomic",),
-    "lct.estimate": MODEL,
+    "lct.estimate": (*MODEL, "lct.train"),
     "lct.validate": ("lct.layout", "lct.kernels"),
     "lct.doctor": ("lct.kernels", "lct.validate"),
     "lct.demo": (

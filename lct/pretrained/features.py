@@ -15,8 +15,7 @@ from torch import Tensor
 from lct.data.atomic import new_file
 from lct.data.scenefile import SceneFile
 from lct.data.scenes import shot_prompt
-
-TEXT = "text.safetensors"
+from lct.data.shards import TEXT, Entry, is_packed, read_manifest, read_packed
 
 
 def prompts_of(scene: SceneFile) -> list[str]:
@@ -34,17 +33,22 @@ def write_features(file: Path, features: Mapping[str, Tensor], dtype: torch.dtyp
 
 
 class FeatureTable:
-    """Rows of every prompt that was encoded under a folder; a file is read when one of its prompts is asked for.
+    """Rows of every prompt that was encoded under a folder of scenes, or packed; read when a prompt is asked for.
 
     Raises FileNotFoundError where there are none, ValueError, with the file's name, for damaged ones.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        self._packed: dict[str, Entry] = {}
         self._files: dict[str, Path] = {}
-        for file in sorted(self.root.rglob(TEXT)):
-            self._files |= dict.fromkeys(_names(file), file)
-        if not self._files:
+        if is_packed(self.root):
+            for line in read_manifest(self.root):
+                self._packed |= line.get("text", {})
+        else:
+            for file in sorted(self.root.rglob(TEXT)):
+                self._files |= dict.fromkeys(_names(file), file)
+        if not self._files and not self._packed:
             raise FileNotFoundError(f"{self.root}: expected {TEXT} of encoded scenes, found none; run lct encode first")
         self.tokenize = lru_cache(maxsize=64)(self._read)  # a prompt of Wan is 8 MB
         self.length = lru_cache(maxsize=None)(self._length)
@@ -52,10 +56,13 @@ class FeatureTable:
     def check(self, prompts: Iterable[str]) -> None:
         """ValueError where a prompt was not encoded; before any training."""
         for prompt in prompts:
-            self._file(prompt)
+            if _name(prompt) not in self._packed:
+                self._file(prompt)
 
     def _length(self, prompt: str) -> int:
         """L, without the rows."""
+        if _name(prompt) in self._packed:
+            return self._packed[_name(prompt)][1][0]
         with safe_open(self._file(prompt), "pt") as file:
             return file.get_slice(_name(prompt)).get_shape()[0]
 
@@ -66,6 +73,10 @@ class FeatureTable:
         return file
 
     def _read(self, prompt: str) -> Tensor:
+        """float32 [L, C]."""
+        name = _name(prompt)
+        if name in self._packed:
+            return read_packed(self.root, f"text/{name}", self._packed[name]).float()
         rows = read_features(self._file(prompt), prompt)
         assert rows is not None  # the file was asked for its names
         return rows

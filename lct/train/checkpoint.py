@@ -297,7 +297,10 @@ def read_into(folder: Path, name: str, tensors: Group, alone: bool = False) -> N
     alone  do not wait for the other processes
     """
     reader = HuggingFaceStorageReader(str(folder / name))
-    load(dict(tensors), storage_reader=reader, no_dist=alone or not dist.is_initialized())
+    try:
+        load(dict(tensors), storage_reader=reader, no_dist=alone or not dist.is_initialized())
+    except CheckpointException as error:
+        raise ValueError(f"{folder / name}: could not be read ({min(error.failures.items())[1][0]})") from error
 
 
 def read_whole(folder: Path, name: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ class DataConfig:
     """Where scenes come from, and in which mixture (§ 3.2.1, § 3.4)."""
 
     source: str
-    """"toy", or a folder of ingested scenes."""
+    """"toy", or a folder of scenes: ingested, encoded, or packed."""
     toy: str
     """Preset of the toy scenes."""
     shots: int

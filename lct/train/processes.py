@@ -110,9 +110,8 @@ class Processes:
             raise ValueError(
                 f"context: expected a divisor of {c.heads} heads and {c.kv_heads} key heads, got {e.context}"
             )
-        if e.recompute != "none":
-            for block in model.blocks:
-                _recompute(block, e.recompute)
+        for block in model.blocks:
+            recomputed(block, e.recompute)
         if e.compile:
             for block in model.blocks:
                 block.compile(fullgraph=True)
@@ -155,8 +154,10 @@ def own(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _recompute(block: nn.Module, mode: str) -> None:
-    """Compute a block again in the backward pass: all of it, or all but attention."""
+def recomputed(block: nn.Module, mode: str) -> None:
+    """Let a block be computed again in the backward pass: "none" of it, "all", or all but "attention"."""
+    if mode == "none":
+        return
 
     def kept(context, operation, *args, **kwargs):
         attention = operation == torch.ops.lct.attention_forward.default

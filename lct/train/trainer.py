@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lct.data.batch import Batch, Dataset
 from lct.data.folder import SceneFolder, StoredScenes
+from lct.data.shards import SceneShards, is_packed
 from lct.data.toy import ToyScenes
 from lct.layout import Geometry
 from lct.model.cost import peak_flops
@@ -55,7 +56,8 @@ def dataset(config: TrainConfig) -> Dataset:
     data = config.data
     if data.source == "toy":
         return ToyScenes(data.toy, max_shots=max(2, data.shots))
-    scenes = SceneFolder(data.source, max_shots=max(2, data.shots))
+    kind = SceneShards if is_packed(data.source) else SceneFolder
+    scenes = kind(data.source, max_shots=max(2, data.shots))
     scenes.check([kind for kind, share in data.mixture.items() if share > 0], config.model.patch)
     return scenes
 

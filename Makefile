@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo findings test sanitize gpu pretrained lint clean
+.PHONY: demo findings test sanitize soak gpu pretrained lint clean
 
 .venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -13,7 +13,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
 # xformers' mask classes are a peer in the tests; its own dependencies would replace torch. Tests skip where it is missing.
 .venv/ready-to-test: .venv/ready
-	$(INSTALL) --constraint constraints.txt --editable '.[video,bench,direct,pretrained,dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[video,bench,direct,pretrained,train,dev]'
 	-$(INSTALL) --no-deps xformers==0.0.35
 	touch $@
 
@@ -30,6 +30,10 @@ test: .venv/ready-to-test lint
 # csrc/ on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: .venv/ready-to-test
 	tests/sanitize.sh $(BIN)/python
+
+# Kills training 240 times, then takes 3,000 steps: about five minutes. The suite does 15 and 400.
+soak: .venv/ready-to-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --out bench/results/soak-cpu.json
 
 gpu:
 	$(PYTHON) bench/gpu.py

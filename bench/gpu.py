@@ -68,6 +68,7 @@ def steps(out: Path, full: bool = False) -> list[Step]:
         Step(
             "memcheck", [*sanitizer, python, "tests/small_launches.py"], 80, r"(ERROR SUMMARY: .+)", sanitizer[0], apart
         ),
+        Step("stack", [python, "bench/stack.py", "--out", str(out)], 120, r"^ (lct triton, recompute none.+)$"),
         Step("measure", measure, 3600, r"^attention: (.+)$"),
     ]
 

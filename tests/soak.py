@@ -176,7 +176,7 @@ def read_steps(run: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=240)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

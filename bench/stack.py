@@ -1,4 +1,4 @@
-"""A stack of blocks of the paper's size in a training step: rows per second, MFU, and peak memory by what is recomputed.
+"""A stack of blocks of the paper's size in a training step: rows per second, MFU, peak memory by what is recomputed.
 
     python bench/stack.py [--blocks 8] [--shots 5] [--video 8 30 30] [--out FOLDER]
 

@@ -85,9 +85,17 @@ class TrainCommand:
         """Generates a scene into OUT/samples, on the first process, and on the others with it."""
         from tempfile import TemporaryDirectory
 
-        from lct.sample.files import sample_scene
+        from lct.data.scenefile import read_scene
+        from lct.sample.files import prompts_read, sample_scene
         from lct.sample.request import Sampling
         from lct.train.processes import is_first
+
+        parts = _pipeline(self.execution.pipeline, self.device, None)
+        if parts is not None:  # text encoders come and go before the model
+            shared, prompts = prompts_read(read_scene(scene), self.config.data.shots)
+            parts.prepare([shared or "", *prompts, ""])
+        elif not self.config.model.vocabulary:
+            raise ValueError("pipeline: expected the folder of the one that the run tunes, to read and decode `scene`")
 
         def sample(model, step: int) -> None:
             sampling = Sampling.of(self.config, text_scale=self.config.text_scale_at(step))
@@ -95,7 +103,8 @@ class TrainCommand:
                 folder = out / "samples" / f"step-{step:07d}" if is_first() else Path(elsewhere) / "scene"
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off behind its checkpoint
                 c = self.config
-                sample_scene(model, scene, folder, sampling, c.visibility, impl=self.impl, context=c.data.shots)
+                options = {"impl": self.impl, "context": c.data.shots, "pipeline": parts}
+                sample_scene(model, scene, folder, sampling, c.visibility, **options)
 
         return sample
 

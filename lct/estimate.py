@@ -133,8 +133,8 @@ def per_process(name: str, layout: SceneLayout, mesh: Mesh, lora: int = 0) -> di
     weights in half precision, the rest in fp32.
 
     "gathered" are weights beside its own share: of two blocks, one that is used and the next, or of all; "gradients",
-    those of a block before they are summed; "kept" what the backward pass needs of the blocks, and "block" what it
-    makes again of one. Volumes are what it sends, all-gathers and reductions as rings do them.
+    those of a block, or all, before they are summed; "kept" what the backward pass needs of the blocks, and "block"
+    what it makes again of one. Volumes are what it sends, all-gathers and reductions as rings do them.
     """
     config = preset(name)
     e = estimate(name, layout, lora)
@@ -154,7 +154,7 @@ def per_process(name: str, layout: SceneLayout, mesh: Mesh, lora: int = 0) -> di
     return {
         "state": (STATE * e["trained"] + frozen) / mesh.shards,
         "gathered": gathered,
-        "gradients": 4 * e["trained"] / config.blocks if mesh.shards > 1 else 0.0,
+        "gradients": 4 * e["trained"] * (1 / config.blocks if mesh.gather_again else 1.0) if mesh.shards > 1 else 0.0,
         "kept": kept / mesh.context,
         "block": 0.0 if mesh.recompute == "none" else every / config.blocks / mesh.context,
         "gathering": read,

@@ -15,6 +15,8 @@ from lct.model.config import tiny
 from lct.train.config import TrainConfig
 from lct.train.runs import tiny_lct
 
+SLOW = 0.5  # seconds that `slow` stays in a phase
+
 
 def small(**changes) -> TrainConfig:
     """Ragged scenes of a small model, a few of them in each step."""
@@ -65,6 +67,58 @@ def train(out: str, execution: str = "{}", changes: str = "{}", until: str = "",
         assert until
 
 
+def samples(out: str, execution: str) -> None:
+    """Train eight steps, and generate with the averaged weights after every second of them."""
+    from lct.sample import Sampling, SceneRequest, ShotRequest, joint
+    from lct.train.execution import Execution
+    from lct.train.trainer import Trainer
+
+    def sampler(model, step: int) -> None:
+        joint(model, [SceneRequest(None, (ShotRequest("a cat", (2, 2, 2), 0),))], Sampling(steps=2))
+
+    options = json.loads(execution)
+    more = {"scene": Path(out), "sample_every": 2} if options.pop("sample") else {}
+    Trainer(small(steps=8), out, execution=Execution(**options, **more), sampler=sampler).run()
+
+
+def families(out: str, execution: str) -> None:
+    """Gradients of one batch of every kind of model, whole, in a file a kind."""
+    from open_models import TINY, drawn
+    from open_models import ours as open_model
+    from safetensors.torch import save_file
+    from torch.distributed.tensor import DTensor
+
+    from lct.data.batch import Batch
+    from lct.layout import SceneLayout, Shot
+    from lct.train.execution import Execution
+    from lct.train.processes import Processes
+    from lct.train.trainer import shot_errors
+
+    processes = Processes(Execution(**json.loads(execution)))
+    for name in TINY:
+        model = open_model(name).requires_grad_()
+        c = model.config
+        shots = [Shot(5, (2, 2, 3)), Shot(3, (1, 3, 2)), Shot(4, (2, 2, 2))]
+        layout = SceneLayout([shots if c.cross else [Shot(2, (1, 1, 1), "global"), *shots], shots[:2]])
+        text = drawn(f"{name} text", layout.text_rows, c.text_row_channels)
+        if name == "hunyuan15":
+            text[:, 0] = torch.arange(len(text)) % 2
+        video, rows = drawn(f"{name} video", layout.video_rows, c.patch_channels), layout.text_rows
+        noise, none = drawn(f"{name} noise", layout.video_rows, c.patch_channels), torch.zeros(rows, dtype=torch.int64)
+        batch = Batch(layout, video, text, none, torch.zeros(len(layout.shots)), noise)
+        model.text_encoder = lambda tokens, places: tokens
+        processes.spread(model, torch.float64)
+        times = torch.linspace(0.1, 0.9, len(layout.shots), dtype=torch.float64)
+        losses = shot_errors(model, batch, times, 0.0, torch.float64, "auto", processes.together)
+        scale = processes.count / processes.datas  # FSDP takes the mean, and each batch is computed `datas` times
+        (losses.total * scale).backward()
+        found = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+        found = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+        if processes.first:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            save_file({n: g.contiguous() for n, g in found.items()}, Path(out) / f"{name}.safetensors")
+
+
 def gradients(out: str, execution: str = "{}", changes: str = "{}") -> None:
     """Gradients of the first step, whole, in a file."""
     from safetensors.torch import save_file
@@ -101,6 +155,7 @@ def slow(out: str, phase: str) -> None:
     """Train, tell in a file when a phase has begun, and stay in it for a while; the status of the end is told too."""
     from lct.train import checkpoint
     from lct.train.execution import Execution
+    from lct.train.interrupts import Stopped
     from lct.train.steps import Steps
     from lct.train.trainer import Trainer
 
@@ -110,7 +165,7 @@ def slow(out: str, phase: str) -> None:
         def told(*arguments, **options):
             if name == phase and when():
                 (root / "phase").write_text(name)
-                time.sleep(1.0)
+                time.sleep(SLOW)
             return function(*arguments, **options)
 
         return told
@@ -119,7 +174,7 @@ def slow(out: str, phase: str) -> None:
         from lct.sample import Sampling, SceneRequest, ShotRequest, joint
 
         request = SceneRequest(None, (ShotRequest("a cat", (2, 2, 2), 0),))
-        joint(model, [request], tells("sample", Sampling)(steps=10**5))
+        joint(model, [request], tells("sample", Sampling)(steps=4000))
 
     root.mkdir(parents=True, exist_ok=True)
     config, execution = small(steps=10**6, save_every=4), Execution(scene=root, sample_every=6)
@@ -130,9 +185,9 @@ def slow(out: str, phase: str) -> None:
     checkpoint.Saver._write_own = tells("write", checkpoint.Saver._write_own)
     try:
         trainer.run()
-    except SystemExit as end:
+    except Stopped as end:
         with (root / "left").open("a") as left:
-            left.write(f"{end.code}\n")
+            left.write(f"{end.code} {end.seconds}\n")
         trainer.processes.leave()
         raise
 

@@ -86,6 +86,33 @@ def test_the_same_processes_go_on_bit_for_bit(tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize("options", [{}, {"gather_again": False}, {"context": 2}], ids=json.dumps)
+def test_samples_on_the_way_change_nothing(options, tmp_path):
+    """Averaged weights were gathered; the next step must not compute with them."""
+    for name in ("with", "without"):
+        start(2, "samples", tmp_path / name, json.dumps(options | {"sample": name == "with"}))
+    assert [line["loss"] for line in log(tmp_path / "with")] == [line["loss"] for line in log(tmp_path / "without")]
+
+
+@pytest.fixture(scope="module")
+def open_models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    start(1, "families", root, "{}")
+    return root
+
+
+@pytest.mark.parametrize("options", [{}, {"context": 2}, {"context": 2, "recompute": "attention"}], ids=json.dumps)
+def test_models_that_others_trained_are_spread_too(options, open_models, tmp_path):
+    start(2, "families", tmp_path, json.dumps(options))
+    files = sorted(open_models.iterdir())
+    assert len(files) >= 3
+    for file in files:
+        found, expected = load_file(tmp_path / file.name), load_file(file)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 5e-5 * gradient.norm().clamp(min=1e-9), f"{file.stem} {name}"
+
+
 def test_fewer_scenes_than_processes(tmp_path, usual):
     start(1, "train", tmp_path / "one", "{}", json.dumps({"scenes": 1, "steps": 6}))
     start(2, "train", tmp_path / "two", "{}", json.dumps({"scenes": 1, "steps": 6}))

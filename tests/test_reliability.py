@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import small, start
+from processes import SLOW, small, start
 from soak import PHASES, soak
 
 from lct.data.folder import SceneFolder
@@ -197,18 +197,17 @@ def test_sigterm_saves_and_ends(phase, count, tmp_path):
     try:
         waited(process, tmp_path / "phase", phase)
         before = len(log(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0
-        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
-        took = time.monotonic() - began
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     manifest = newest_whole(tmp_path)[1]
     assert manifest["step"] == len(log(tmp_path) if (tmp_path / "log.jsonl").exists() else []) <= before + 1
-    told = (tmp_path / "left").read_text().split()
-    assert told == ["143"] * count
-    assert took < 20  # a sample takes minutes, a step and a save less than a second
+    told = [line.split() for line in (tmp_path / "left").read_text().splitlines()]
+    assert [code for code, _ in told] == ["143"] * count
+    steps = max((line["seconds"] for line in log(tmp_path)), default=0.0) if manifest["step"] else 0.0
+    assert max(float(seconds) for _, seconds in told) < steps + SLOW + 1.0  # the phase, a step, a save; a sample: minutes
 
 
 def test_a_process_that_dies_ends_the_others_with_one_message(tmp_path):

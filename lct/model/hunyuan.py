@@ -175,9 +175,10 @@ class Hunyuan(MMDiT):
             told = torch.full((1,), c.guidance, device=times.device)
             shots = shots + self.time_guidance(self._time(told))
         if c.pooled_channels:
-            starts = geometry.streams.text_starts.long()
             padded = F.pad(text[:, c.text_channels :], (0, 0, 0, 1))  # a shot without text has a pooled vector of zeros
-            first = torch.where(starts[1:] > starts[:-1], starts[:-1], len(text))
+            counts = np.array([shot.text for shot in geometry.shots])  # of all, though this process may compute some
+            rows = np.where(counts > 0, counts.cumsum() - counts, len(text))
+            first = torch.from_numpy(rows).to(text.device)
             shots = shots + self.time_pooled(padded[first].to(features.dtype))
         return F.silu(shots)
 

@@ -22,9 +22,9 @@ class Execution:
     compile: bool = False
     """Compile each block with torch.compile."""
     gather_again: bool = True
-    """Give gathered weights back after each block, and gather them again for the backward pass and for every further
-    pass of a step. False: hold them through the step, for more memory; then processes wait for one another only at
-    its end."""
+    """Give gathered weights back after each block, gather them again for the backward pass, and sum gradients in every
+    pass of a step. False: hold both through the step, which takes the memory of a whole model and its gradients; then
+    processes wait for one another only at its end."""
     pass_rows: int = 0
     """Most rows in one pass; a step has as many passes as that takes. 0: all scenes of a process in one pass."""
     workers: int = 0
@@ -39,6 +39,8 @@ class Execution:
     """Scene file that is sampled with the averaged weights while training, every `sample_every` steps."""
     sample_every: int = 0
     """Steps between samples of `scene`; 0: none."""
+    pipeline: Path | None = None
+    """Folder of the diffusers pipeline whose text encoders and VAE `scene` needs, for an open model."""
     tensorboard: bool = False
     """Also write the log as TensorBoard events; needs the extra `train`."""
     profile: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import FrameType
@@ -18,12 +19,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stopped(SystemExit):
     """A run that was told to stop and saved; ends the program with the status that shells give to the signal."""
 
-    def __init__(self, number: int, step: int):
+    def __init__(self, number: int, step: int, seconds: float):
         super().__init__(128 + number)
-        self.number, self.step = number, step
+        self.number, self.step, self.seconds = number, step, seconds
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name} at step {self.step}; the same command goes on from there"
+        told = signal.Signals(self.number).name
+        return f"{told}: stopped at step {self.step} after {self.seconds:.1f} s; the same command goes on from there"
 
 
 class _Abandoned(Exception):
@@ -31,10 +33,10 @@ class _Abandoned(Exception):
 
 
 class Interrupts:
-    """Notes SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once, as usual."""
+    """Notes SIGTERM and SIGINT, and when, while it is entered; a second SIGINT interrupts at once, as usual."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.at = 0, 0.0
         self._before: dict[int, object] = {}
 
     @property
@@ -55,7 +57,8 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = self.number or number
+        if not self.number:
+            self.number, self.at = number, time.monotonic()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -129,13 +128,17 @@ class Processes:
         shard([model.last_modulation, model.video_out], reshard_after_forward=False)
         shard(model, reshard_after_forward=e.gather_again)
 
-    @contextmanager
-    def one_pass(self, model: nn.Module, last: bool):
-        """The forward and backward of one pass of a step; only in the last one are gradients summed over processes."""
+    def begin_pass(self, model: nn.Module, last: bool) -> None:
+        """Before each pass of a step: whether gradients are summed, and weights given back, behind it."""
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
+            model.set_requires_gradient_sync(last or self.execution.gather_again)
             model.set_reshard_after_backward(last or self.execution.gather_again)
-        yield
+
+    def give_back(self, model: nn.Module) -> None:
+        """Let go of gathered weights, which a pass without a backward leaves behind: they may no longer be right."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def is_lost(error: RuntimeError) -> bool:

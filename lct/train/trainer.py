@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -216,10 +217,10 @@ class Trainer:
         sums, counts = torch.zeros(NOISE_LEVELS), torch.zeros(NOISE_LEVELS)
         for i, (batch, weighs) in enumerate(passes):
             times = self.times(batch)
-            with self.processes.one_pass(self.model, last=i == len(passes) - 1):
-                losses = shot_errors(self.model, batch, times, scale, self.dtype, self.impl, self.processes.together)
-                # FSDP takes the mean over processes, what is wanted is the sum
-                (losses.total * (self.processes.count / shots if weighs else 0.0)).backward()
+            self.processes.begin_pass(self.model, last=i == len(passes) - 1)
+            losses = shot_errors(self.model, batch, times, scale, self.dtype, self.impl, self.processes.together)
+            # FSDP takes the mean over processes, what is wanted is the sum
+            (losses.total * (self.processes.count / shots if weighs else 0.0)).backward()
             if weighs:
                 level = (times * NOISE_LEVELS).long().clamp(0, NOISE_LEVELS - 1)
                 sums.index_add_(0, level, losses.each.cpu())
@@ -254,7 +255,8 @@ class Trainer:
                         saved = self.step
                     if stop and not end:
                         self.saver.wait()
-                        raise Stopped(self.interrupts.number or 15, saved)
+                        began = self.interrupts.at or time.monotonic()  # another process may have been told
+                        raise Stopped(self.interrupts.number or signal.SIGTERM, saved, time.monotonic() - began)
                     if end:
                         break
                     record = self.train_step(data)
@@ -306,6 +308,7 @@ class Trainer:
             finally:
                 for name, weight in self.trained.items():
                     own(weight).copy_(kept[name])
+                self.processes.give_back(self.model)
 
     def averaged(self) -> MMDiT:
         """A copy of the model with the moving average of its weights; of one that is not sharded."""

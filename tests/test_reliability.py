@@ -207,7 +207,8 @@ def test_sigterm_saves_and_ends(phase, count, tmp_path):
     told = [line.split() for line in (tmp_path / "left").read_text().splitlines()]
     assert [code for code, _ in told] == ["143"] * count
     steps = max((line["seconds"] for line in log(tmp_path)), default=0.0) if manifest["step"] else 0.0
-    assert max(float(seconds) for _, seconds in told) < steps + SLOW + 1.0  # the phase, a step, a save; a sample: minutes
+    # the phase, a step, a save; a sample would take minutes
+    assert max(float(seconds) for _, seconds in told) < steps + SLOW + 1.0
 
 
 def test_a_process_that_dies_ends_the_others_with_one_message(tmp_path):

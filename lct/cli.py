@@ -60,9 +60,9 @@ class TrainCommand:
         if self.share is not None and self.config.lora and config_of(str(self.config.init)).lora:
             raise ValueError("share: the changes of two stages do not fit one file; share the model of lct export")
         config, out = self.config, self.out or Path("runs") / self.config.name
-        scene = self.execution.scene
-        sampler = None if scene is None else self._sampler(scene, out)
-        trainer = Trainer(config, out, self.device, self.impl, self.execution, sampler)
+        trainer = Trainer(config, out, self.device, self.impl, self.execution)
+        if self.execution.scene is not None:
+            trainer.sampler = self._sampler(self.execution.scene, out, trainer.processes)
         first = trainer.processes.first
         if trainer.resume() and first:
             print(f"resuming {out} at step {trainer.step}")
@@ -81,26 +81,25 @@ class TrainCommand:
             save_weights(self.share, *load_weights(folder))
             print(self.share)
 
-    def _sampler(self, scene: Path, out: Path):
+    def _sampler(self, scene: Path, out: Path, processes: Any):
         """Generates a scene into OUT/samples, on the first process, and on the others with it."""
         from tempfile import TemporaryDirectory
 
         from lct.data.scenefile import read_scene
         from lct.sample.files import prompts_read, sample_scene
         from lct.sample.request import Sampling
-        from lct.train.processes import is_first
 
-        parts = _pipeline(self.execution.pipeline, self.device, None)
-        if parts is not None:  # text encoders come and go before the model
+        parts = _pipeline(self.execution.pipeline, str(processes.device), None)
+        if parts is not None:
             shared, prompts = prompts_read(read_scene(scene), self.config.data.shots)
-            parts.prepare([shared or "", *prompts, ""])
+            parts.found = processes.once(lambda: parts.prepare([shared or "", *prompts, ""]))
         elif not self.config.model.vocabulary:
             raise ValueError("pipeline: expected the folder of the one that the run tunes, to read and decode `scene`")
 
         def sample(model, step: int) -> None:
             sampling = Sampling.of(self.config, text_scale=self.config.text_scale_at(step))
             with TemporaryDirectory() as elsewhere:
-                folder = out / "samples" / f"step-{step:07d}" if is_first() else Path(elsewhere) / "scene"
+                folder = out / "samples" / f"step-{step:07d}" if processes.first else Path(elsewhere) / "scene"
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off behind its checkpoint
                 c = self.config
                 options = {"impl": self.impl, "context": c.data.shots, "pipeline": parts}
@@ -473,6 +472,7 @@ def estimate(
     recompute: Literal["none", "attention", "all"] = "all",
     gather_again: bool = True,
     balance: int = 0,
+    pass_rows: int = 0,
 ) -> None:
     """Rows, FLOPs, keys and values, and memory of a layout and a model, and what training takes of each process.
 
@@ -488,11 +488,12 @@ def estimate(
         recompute: As in lct train.
         gather_again: As in lct train.
         balance: Steps to simulate of how scenes are shared out over 8, 64 and 128 processes, such as 1000.
+        pass_rows: Most rows of a pass in these, as in lct train.
     """
     from lct.estimate import Mesh, print_estimate
 
     mesh = Mesh(processes, replicate, context, recompute, gather_again)
-    print_estimate(preset, parse_layout(shots, visibility), tflops, lora, mesh, balance)
+    print_estimate(preset, parse_layout(shots, visibility), tflops, lora, mesh, balance, pass_rows)
 
 
 def doctor(validate: bool = False) -> int:

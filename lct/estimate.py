@@ -89,8 +89,11 @@ def estimate(name: str, layout: SceneLayout, lora: int = 0) -> dict[str, float]:
 def kept_bytes(
     config: ModelConfig, layout: SceneLayout, recompute: str, dtype: torch.dtype = torch.bfloat16, lora: int = 0
 ) -> int:
-    """Bytes that the blocks keep of a forward pass for the backward pass, weights apart: what autograd saves when it is
-    asked on the meta device, and the attention that is kept where all else is computed again."""
+    """Bytes that a forward pass keeps for the backward pass, weights apart.
+
+    Of the blocks what autograd saves when it is asked on the meta device, and the attention that is kept where all else
+    is computed again; beside them noisy latents, errors, the last stream with and without modulation, text features.
+    """
     with torch.device("meta"):
         model = build(config)
         if lora:
@@ -119,6 +122,8 @@ def kept_bytes(
         nothing = ((None, None) for _ in model.blocks)
         model.run_blocks(text, video, shots, geometry, nothing, Choice.of("reference"))
     total = sum(storage.nbytes() for storage in kept.values())
+    total += layout.video_rows * (config.patch_channels * (dtype.itemsize + 4) + 2 * config.width * dtype.itemsize)
+    total += layout.text_rows * config.text_row_channels * dtype.itemsize
     if recompute == "attention":  # kept by the checkpoints, not by autograd
         rows = geometry.plan.q_rows
         out = config.head_dim * dtype.itemsize + statistics_dtype(dtype).itemsize
@@ -138,7 +143,7 @@ def per_process(name: str, layout: SceneLayout, mesh: Mesh, lora: int = 0) -> di
     """
     config = preset(name)
     e = estimate(name, layout, lora)
-    frozen = 2 * (e["parameters"] - e["trained"]) if lora else 0.0
+    frozen = 2 * e["parameters"] if lora else 0.0
     at_once = min(2 / config.blocks, 1.0) if mesh.gather_again else 1.0
     gathered = 2 * e["parameters"] * at_once if mesh.shards > 1 else 0.0
     every = kept_bytes(config, layout, "none", lora=lora)
@@ -181,9 +186,15 @@ def _without_global(layout: SceneLayout) -> SceneLayout:
 
 
 def print_estimate(
-    name: str, layout: SceneLayout, tflops: float, lora: int = 0, mesh: Mesh | None = None, balance: int = 0
+    name: str,
+    layout: SceneLayout,
+    tflops: float,
+    lora: int = 0,
+    mesh: Mesh | None = None,
+    balance: int = 0,
+    pass_rows: int = 0,
 ) -> None:
-    """Tables of all that; `balance` steps are simulated for the last."""
+    """Tables of all that; `balance` steps, in passes of `pass_rows`, are simulated for the last."""
     if not tflops > 0:
         raise ValueError(f"tflops: expected a rate above 0, got {tflops}")
     mesh = mesh or Mesh()
@@ -229,6 +240,7 @@ def print_estimate(
             ("memory", f"{_bytes(sum(p[key] for key in HELD))}"),
             ("of it", ", ".join(f"{key} {_bytes(p[key])}" for key in HELD)),
             ("sent in a step", ", ".join(f"{key} {_bytes(p[key])}" for key in SENT)),
+            ("at the start", f"{_bytes(e['weights'])}: the model is built whole, in fp32, before it is sharded"),
             (
                 "step",
                 f"{step / rate:.3g} s at {tflops:g} TFLOP/s, {100 * rate / PEAK:.0f} % of what an H800 can do at most",
@@ -236,17 +248,21 @@ def print_estimate(
         )
     )
     if balance:
-        rows = [(f"{count} processes", _balance(name, count, balance)) for count in (8, 64, 128)]
-        console.print(_table(f"Largest over mean cost of a process, {balance} steps of 7 scenes a process", *rows))
+        rows = []
+        for count in (8, 64, 128):
+            with torch.device("meta"):
+                cost = build(preset(name)).cost()
+            of_step, of_passes = imbalances(cost, count, balance, pass_rows)
+            rows.append((f"{count} processes", _uneven(of_step)))
+            if pass_rows:
+                rows.append(("waiting in every pass", _uneven(of_passes)))
+        passes = f", passes of {pass_rows:,} rows" if pass_rows else ", one pass each"
+        console.print(_table(f"Largest over mean cost of a process: {balance} steps of 7 scenes each{passes}", *rows))
 
 
-def _balance(name: str, processes: int, steps: int) -> str:
-    """What sharing out leaves uneven over the lengths of `lct.train.lengths`."""
-    with torch.device("meta"):
-        cost = build(preset(name)).cost()
-    found = np.array(imbalances(cost, processes, steps))
-    worst = np.sort(found)[-max(1, steps // 100) :]
-    return f"{found.mean():.4f} on average, {worst.min():.4f} to {worst.max():.4f} in the worst 1 % of steps"
+def _uneven(found: list[float]) -> str:
+    worst = sorted(found)[-max(1, len(found) // 100) :]
+    return f"{np.mean(found):.4f} on average, {worst[0]:.4f} to {worst[-1]:.4f} in the worst 1 % of steps"
 
 
 def _table(title: str, *rows: tuple[str, str]) -> Table:

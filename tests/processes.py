@@ -192,6 +192,51 @@ def slow(out: str, phase: str) -> None:
         raise
 
 
+def partly_blind(out: str, scenes: str) -> None:
+    """Two that share rows; the second cannot read one of the scenes."""
+    from lct.data.stored import Damaged, Stored
+    from lct.train.execution import Execution
+    from lct.train.trainer import Trainer
+
+    config = small(steps=4, scenes=4)
+    data = replace(config.data, source=scenes, single=0.3, cut=0.7, no_cut=0.0, shots=3)
+    trainer = Trainer(replace(config, data=data), out, execution=Execution(context=2, damaged="skip"))
+    read = Stored.read
+
+    def blind(self: Stored):
+        if "scene-1" in str(self.file) and not trainer.processes.first:
+            raise Damaged(f"{self.file}: missing")
+        return read(self)
+
+    Stored.read = blind
+    trainer.run()
+
+
+def fails_while_saving(out: str) -> None:
+    """The run ends with an error while a checkpoint is written slowly, beside it."""
+    from lct.train import checkpoint
+    from lct.train.execution import Execution
+    from lct.train.trainer import Trainer
+
+    write = checkpoint.Saver._write_own
+
+    def slowly(*arguments):
+        time.sleep(1.0)
+        return write(*arguments)
+
+    checkpoint.Saver._write_own = slowly
+    trainer = Trainer(small(steps=10**6, save_every=2), out, execution=Execution(save_beside=True))
+
+    def progress(record) -> None:
+        if record.step == 3:
+            raise ValueError("something else")
+
+    try:
+        trainer.run(progress)
+    except ValueError:
+        trainer.processes.leave()
+
+
 def dies(out: str) -> None:
     """The second process ends in the middle of the fourth step."""
     from lct.train.trainer import Trainer

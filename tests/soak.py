@@ -25,13 +25,14 @@ import torch.distributed as dist
 from processes import small
 
 from lct.train import checkpoint
-from lct.train.checkpoint import checkpoints, newest_whole
+from lct.train.checkpoint import checkpoints, newest_whole, read_whole
 from lct.train.config import TrainConfig
 from lct.train.execution import Execution
 from lct.train.record import StepRecord
 from lct.train.runs import tiny_lct
 from lct.train.trainer import Trainer
 
+GROUPS = ("model", "ema", "optimizer")
 EVERY = 2  # steps between checkpoints
 PHASES = ("step", "write", "rename", "prune", "resume")
 PATIENCE = 60.0  # seconds until a phase must have come
@@ -116,7 +117,7 @@ def soak(kills: int, seed: int = 0, report=lambda line: None) -> dict:
     processes: Counter = Counter()
     with TemporaryDirectory(prefix="soak-") as folder:
         root = Path(folder)
-        run, before = root / "run", -1
+        run, before, unloadable = root / "run", -1, list[str]()
         for kill in range(kills):
             count, phase = random.choice((1, 1, 2)), PHASES[kill % len(PHASES)]
             beside, wait = random.random() < 0.5, random.choice((0.0, 0.001, 0.01, 0.05))
@@ -128,8 +129,15 @@ def soak(kills: int, seed: int = 0, report=lambda line: None) -> dict:
                 assert before < 0, "all checkpoints are gone"
                 continue
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of a checkpoint that is damaged, and another taken for it
-                newest, manifest = newest_whole(run)
+                warnings.filterwarnings(
+                    "error", message=".*going on with"
+                )  # from an older one, for one that is damaged
+                try:
+                    newest, manifest = newest_whole(run)
+                    assert all(x.isfinite().all() for name in GROUPS for x in read_whole(newest, name).values())
+                except (UserWarning, ValueError, AssertionError) as error:
+                    unloadable.append(f"kill {kill + 1}, {found}: {error}")
+                    continue
             assert manifest["step"] >= before, f"step {manifest['step']} after {before}"
             before = manifest["step"]
             logged = read_steps(run)
@@ -141,7 +149,7 @@ def soak(kills: int, seed: int = 0, report=lambda line: None) -> dict:
             assert logged - before <= EVERY * (1 + beside), f"{logged - before} steps lost"
     return {
         "kills": kills, "by phase": dict(sorted(phases.items())), "by processes": dict(sorted(processes.items())),
-        "unloadable": 0, "most steps lost": worst[0], "most steps lost, written beside": worst[1],
+        "unloadable": unloadable, "most steps lost": worst[0], "most steps lost, written beside": worst[1],
         "steps between checkpoints": EVERY,
         "unfinished folders left and swept": unfinished, "last step": before,
         "seconds": round(time.monotonic() - began), "torch": torch.__version__,

@@ -47,7 +47,10 @@ def test_gradients_are_those_of_one_process(way, usual, tmp_path):
         assert (found[name] - gradient).norm() <= 5e-5 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("way", ["sharded", "shared rows", "one process, several passes", "shared rows, recomputed"])
+TWENTY = ("sharded", "replicated", "shared rows", "one process, several passes", "shared rows, recomputed")
+
+
+@pytest.mark.parametrize("way", TWENTY)
 def test_twenty_steps_are_those_of_one_process(way, usual, tmp_path):
     count, execution = WAYS[way]
     start(count, "train", tmp_path, json.dumps(execution))
@@ -68,7 +71,7 @@ def test_a_run_goes_on_with_any_number_of_processes(usual, tmp_path):
     told, expected = log(tmp_path), log(usual[1])
     assert [line["step"] for line in told] == list(range(1, 21))
     for a, b in zip(told, expected, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
     ours, theirs = (read_whole(newest_whole(folder)[0], "ema") for folder in (tmp_path, usual[1]))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
@@ -101,14 +104,17 @@ def open_models(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("options", [{}, {"context": 2}, {"context": 2, "recompute": "attention"}], ids=json.dumps)
+@pytest.mark.parametrize("options", [{}, {"context": 2, "recompute": "attention"}, {"compile": True}], ids=json.dumps)
 def test_models_that_others_trained_are_spread_too(options, open_models, tmp_path):
     start(2, "families", tmp_path, json.dumps(options))
     files = sorted(open_models.iterdir())
     assert len(files) >= 3
     for file in files:
         found, expected = load_file(tmp_path / file.name), load_file(file)
-        assert found.keys() == expected.keys()
+        assert found.keys() >= expected.keys()
+        assert not any(
+            found[name].any() for name in found.keys() - expected.keys()
+        )  # compiled: zeros, where none flows
         for name, gradient in expected.items():
             assert (found[name] - gradient).norm() <= 5e-5 * gradient.norm().clamp(min=1e-9), f"{file.stem} {name}"
 

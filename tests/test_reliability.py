@@ -45,7 +45,7 @@ def run(tmp_path_factory):
 
 def test_kills_at_random_moments():
     found = soak(15, seed=1)
-    assert found["unloadable"] == 0 and found["last step"] > 0
+    assert found["unloadable"] == [] and found["last step"] > 0
     assert found["most steps lost"] <= found["steps between checkpoints"]
     assert len(set(found["by phase"]) & set(PHASES)) >= 3
 
@@ -250,8 +250,11 @@ def test_a_damaged_scene_is_named_and_stops_the_run_or_is_left_out(tmp_path, har
     else:
         content[-4000:] = np.full(1000, np.nan, np.float32).tobytes()
         file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"scene-1/latents\.safetensors: .*(missing or damaged|NaN)"):
+    with pytest.raises(ValueError, match=r"scene-1/latents\.safetensors: .*(missing or damaged|NaN)") as stopped:
         trainers[0].run()
+    done = newest_whole(tmp_path / "stop")[1]["step"] if checkpoints(tmp_path / "stop") else 0
+    assert done == len(log(tmp_path / "stop")) if done else not (tmp_path / "stop" / "log.jsonl").exists()
+    assert not done or f"step {done} was saved" in stopped.value.__notes__
     with pytest.warns(UserWarning, match=r"left out: .*scene-1/latents"):
         trainers[1].run()
     told = log(tmp_path / "skip")
@@ -259,13 +262,82 @@ def test_a_damaged_scene_is_named_and_stops_the_run_or_is_left_out(tmp_path, har
     assert sum(line["scenes"] for line in told) < 24
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_read_what_the_run_would(tmp_path, workers):
+def test_workers_read_what_the_run_would(tmp_path):
     config = of_folder(scenes(tmp_path / "scenes"), steps=5)
-    Trainer(config, tmp_path / "run", execution=Execution(workers=workers)).run()
-    if workers:
-        Trainer(config, tmp_path / "alone").run()
-        assert [a["loss"] for a in log(tmp_path / "run")] == [b["loss"] for b in log(tmp_path / "alone")]
+    for workers in (0, 1, 2):
+        Trainer(config, tmp_path / str(workers), execution=Execution(workers=workers)).run()
+    losses = [[line["loss"] for line in log(tmp_path / str(workers))] for workers in (0, 1, 2)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_a_scene_that_was_damaged_before_the_start(tmp_path):
+    config = of_folder(scenes(tmp_path / "scenes"), steps=3)
+    file = tmp_path / "scenes" / "scene-1" / "latents.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match="scene-1/latents"):
+        Trainer(config, tmp_path / "stop")
+    with pytest.warns(UserWarning, match="left out: .*scene-1/latents"):
+        Trainer(config, tmp_path / "skip", execution=Execution(damaged="skip")).run()
+    assert all(line["scenes"] == 4 for line in log(tmp_path / "skip"))
+
+
+def test_a_step_without_scenes_changes_nothing(tmp_path):
+    config = of_folder(scenes(tmp_path / "scenes", 1), steps=3)
+    trainer = Trainer(config, tmp_path / "run", execution=Execution(damaged="skip"))
+    before = {name: w.clone() for name, w in trainer.trained.items()}
+    for file in (tmp_path / "scenes").rglob("latents.safetensors"):
+        file.unlink()
+    with pytest.warns(UserWarning, match="left out"):
+        record = trainer.train_step()
+    assert (record.loss, record.scenes, record.skipped) == (None, 0, 1)
+    assert all(torch.equal(w, before[name]) for name, w in trainer.trained.items())
+
+
+def test_partners_agree_on_what_is_damaged(tmp_path):
+    """Of two that share the rows of a batch, one alone cannot read a scene: both leave it out."""
+    root = scenes(tmp_path / "scenes")
+    start(2, "partly_blind", tmp_path / "run", root)
+    told = log(tmp_path / "run")
+    assert len(told) == 4 and sum(line["scenes"] for line in told) < 16
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
+    config = small(steps=4, save_every=2)
+    Trainer(config, tmp_path).run()
+    file = next((tmp_path / "step-0000004" / "model").iterdir())
+    file.write_bytes(file.read_bytes()[:-1])
+    again = Trainer(config, tmp_path)
+    with pytest.warns(UserWarning, match="going on with step-0000002"):
+        again.resume()
+    again.run()
+    assert verify(tmp_path / "step-0000004")["step"] == 4
+    assert len(list(tmp_path.glob("damaged-step-0000004-*"))) == 1
+
+
+def test_what_the_manifest_does_not_name_is_not_read(tmp_path):
+    Trainer(small(steps=2, save_every=2), tmp_path).run()
+    folder = newest_whole(tmp_path)[0]
+    file = next((folder / "model").iterdir())
+    (folder / "model" / f"more-{file.name}").write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="does not name this file"):
+        verify(folder)
+
+
+def test_leaving_waits_for_what_is_written_beside(tmp_path):
+    """A run that fails while a checkpoint is written: the checkpoint is whole, of all processes."""
+    start(2, "fails_while_saving", tmp_path)
+    folder, manifest = newest_whole(tmp_path)
+    assert manifest["step"] == 2
+    assert len(list((folder / "model").iterdir())) == 2 and len(read_whole(folder, "model")) > 50
+
+
+def test_a_step_that_is_left_out_does_not_keep_from_saving(tmp_path, monkeypatch):
+    trainer = Trainer(small(steps=4, save_every=2), tmp_path)
+    spoil, times = [2, 4], trainer.times
+    monkeypatch.setattr(trainer, "times", lambda b: times(b) * (float("nan") if trainer.step + 1 in spoil else 1.0))
+    trainer.run()
+    assert [line["loss"] is None for line in log(tmp_path)] == [False, True, False, True]
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000002", "step-0000004"]
 
 
 def test_a_scene_reads_what_it_shows_alone(tmp_path):
@@ -338,4 +410,4 @@ def test_memory_and_open_files_do_not_grow(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = steady(tmp_path, 400, small(steps=400, save_every=50))
-    assert found["open files grew by"] == 0 and found["memory grew by"] < 0.03
+    assert found["open files grew by"] == 0 and found["memory grew by"] < 0.01

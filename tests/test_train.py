@@ -14,7 +14,7 @@ from lct.data.toy import ToyScenes
 from lct.model.config import tiny
 from lct.model.flow import noised, shift_time, shot_losses, shot_shift
 from lct.model.mmdit import MMDiT
-from lct.train.checkpoint import checkpoints, latest, verify
+from lct.train.checkpoint import checkpoints, latest, newest_whole, verify
 from lct.train.config import TrainConfig
 from lct.train.runs import PRETRAINED, RUNS, paper_lct, paper_lct_causal, run, tiny_lct, tiny_pretrain
 from lct.train.trainer import Trainer, batch_loss
@@ -287,10 +287,18 @@ def test_five_steps_in_a_row_that_are_not_finite_end_a_run(tmp_path):
     for _ in range(2):
         trainer.train_step()
     trainer.save()
-    trainer.model.video_out.bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="5 steps up to 7"):
+    trainer.times = lambda batch: torch.full((len(batch.layout.shots),), float("nan"))
+    with pytest.raises(FloatingPointError, match="5 steps up to 7") as error:
         trainer.run()
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-0000002"]
+    assert error.value.__notes__ == ["step 7 was saved"]  # the weights of step 2, which nothing changed
+    ours, theirs = (load_weights(tmp_path / f"step-000000{step}")[0] for step in (2, 7))
+    assert all(torch.equal(w, theirs[name]) for name, w in ours.items())
+    trainer = Trainer(small(steps=20, save_every=1), tmp_path)
+    trainer.resume()
+    trainer.model.video_out.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="weights are not finite"):
+        trainer.run()
+    assert newest_whole(tmp_path)[1]["step"] == 7
 
 
 def test_no_two_toy_words_share_a_bucket():

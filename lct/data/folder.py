@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -124,13 +125,22 @@ class StoredScenes:
 class SceneFolder(StoredScenes):
     """Scenes under `root`, at any depth, such as `ingest` writes.
 
+    skip  leave out, with a warning, scenes that are wrong or lack latents
+
     Raises FileNotFoundError where no scene is found, ValueError for a scene file that is wrong or lacks latents.
     """
 
-    def __init__(self, root: str | Path, max_shots: int = MAX_SHOTS):
-        folders = scene_folders(Path(root))
-        scenes = [read_scene(folder) for folder in folders]
-        shots = [stored_shots(folder, scene) for folder, scene in zip(folders, scenes, strict=True)]
+    def __init__(self, root: str | Path, max_shots: int = MAX_SHOTS, skip: bool = False):
+        scenes, shots = [], []
+        for folder in scene_folders(Path(root)):
+            try:
+                scene = read_scene(folder)
+                shots.append(stored_shots(folder, scene))
+                scenes.append(scene)
+            except ValueError as error:
+                if not skip:
+                    raise
+                warnings.warn(f"a scene is left out: {error}", stacklevel=2)
         super().__init__(Path(root), scenes, shots, max_shots)
 
 

@@ -111,8 +111,8 @@ class SceneShards(StoredScenes):
     Raises FileNotFoundError where there is no manifest, ValueError, with the number of the line, for a damaged one.
     """
 
-    def __init__(self, root: str | Path, max_shots: int = MAX_SHOTS):
-        root = Path(root)
+    def __init__(self, root: str | Path, max_shots: int = MAX_SHOTS, skip: bool = False):
+        root = Path(root)  # nothing to skip here: what a shard holds is found out when it is read
         lines = [
             _Line(line["scene"], parse_scene(line["file"], f"{root / MANIFEST}: {line['scene']}"), line["latents"])
             for line in read_manifest(root)

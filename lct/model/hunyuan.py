@@ -131,7 +131,8 @@ class SingleBlock(nn.Module):
         h = modulate(x, shift, scale, s.video_starts, choice.modulate)
         qkv = self.qkv(h).unflatten(-1, (-1, self.head_dim))
         norms = (self.q_norm, self.k_norm)
-        attended = attend(qkv[:0], qkv, norms, norms, self.spec, geometry, cache, pool, choice)
+        none = (self.q_norm.detach(), self.k_norm.detach())  # of no rows; one tensor twice breaks fullgraph compiles
+        attended = attend(qkv[:0], qkv, none, norms, self.spec, geometry, cache, pool, choice)
         both = torch.cat([attended.flatten(1), F.gelu(self.rise(h), approximate="tanh")], dim=-1)
         return gated(x, self.out(both), gate, s.video_starts, choice.modulate)
 

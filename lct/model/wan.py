@@ -79,7 +79,8 @@ class CrossBlock(nn.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.table + shots).chunk(6, dim=-1)
         qkv = self.qkv(modulate(x, shift, scale, starts, choice.modulate)).unflatten(-1, (-1, self.head_dim))
         norms = (self.q_norm, self.k_norm)
-        attended = attend(qkv[:0], qkv, norms, norms, self.spec, geometry, cache, pool, choice)
+        none = (self.q_norm.detach(), self.k_norm.detach())  # of no rows; one tensor twice breaks fullgraph compiles
+        attended = attend(qkv[:0], qkv, none, norms, self.spec, geometry, cache, pool, choice)
         x = gated(x, self.out(attended.flatten(1)), gate, starts, choice.modulate)
         x = x + self._read(x, text, cast(Plan, geometry.cross), choice)
         mlp = self.mlp(modulate(x, mlp_shift, mlp_scale, starts, choice.modulate))

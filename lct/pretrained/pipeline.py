@@ -60,7 +60,7 @@ class Pipeline:
         if self.name not in _ENCODE:
             raise ValueError(f"{index}: expected one of {', '.join(_ENCODE)}, got {self.name}")
         self.config = load_config(self.folder)
-        self._found: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
 
     @cached_property
     def _text(self) -> Any:
@@ -90,15 +90,17 @@ class Pipeline:
 
     def tokenize(self, prompt: str) -> Tensor:
         """The rows of one prompt, computed once."""
-        if prompt not in self._found:
-            (self._found[prompt],) = self.encode([prompt])
-        return self._found[prompt]
+        if prompt not in self.found:
+            (self.found[prompt],) = self.encode([prompt])
+        return self.found[prompt]
 
-    def prepare(self, prompts: Sequence[str]) -> None:
-        """Compute the rows of all these prompts, and let go of the text encoders, whose memory sampling needs."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._found]
-        self._found |= zip(missing, self.encode(missing), strict=True) if missing else ()
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Compute the rows of all these prompts, and let go of the text encoders, whose memory sampling needs; returns
+        all rows that are `found`."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.found]
+        self.found |= zip(missing, self.encode(missing), strict=True) if missing else ()
         self.__dict__.pop("_text", None)
+        return self.found
 
     def speak_for(self, model: MMDiT) -> None:
         """Become the text encoder of a model tuned from this pipeline's transformer; ValueError for another model."""

@@ -63,7 +63,7 @@ class Saver:
         self.root, self.keep, self.beside, self._mesh = root, keep, beside, cpu_mesh
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def save(self, step: int, groups: Mapping[str, Group], config: TrainConfig) -> Path:
         """Write `root/step-NNNNNNN` with a folder for each of `groups`; a complete one of that step is left as it is.
@@ -80,7 +80,7 @@ class Saver:
         def work() -> None:
             try:
                 self._write(folder, step, copied, config)
-            except Exception as error:
+            except BaseException as error:
                 self._failure = error
 
         self._thread = threading.Thread(target=work, name="checkpoint")
@@ -88,13 +88,18 @@ class Saver:
         return folder
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written stands."""
+        """Until the checkpoint that is being written stands; raises what went wrong with it."""
+        failure = self.end()
+        if failure is not None:
+            raise failure
+
+    def end(self) -> BaseException | None:
+        """The same, without raising: for who leaves anyway, and may not leave while others wait for what it writes."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        failure, self._failure = self._failure, None
+        return failure
 
     @property
     def failed(self) -> bool:
@@ -130,6 +135,8 @@ class Saver:
     def _write_own(self, folder: Path, groups: Mapping[str, Group], rank: int) -> dict[str, dict]:
         """Size and hash of every file that this process wrote."""
         for name, group in groups.items():
+            if (self._group is None) == dist.is_initialized():  # torch would take this process for the only one
+                raise OSError("the processes parted while a checkpoint was written")
             writer = HuggingFaceStorageWriter(str(folder / name), save_distributed=True, thread_count=1)
             try:
                 save(dict(group), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
@@ -199,6 +206,13 @@ class Saver:
         return self._together(lambda: work() if rank == 0 else None)[0]
 
 
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint another name, so that its step can be saved again; it is not removed."""
+    aside = folder.with_name(f"damaged-{folder.name}-{uuid.uuid4().hex[:8]}")
+    folder.rename(aside)
+    return aside
+
+
 def prune(root: Path, keep: int) -> None:
     """Remove older checkpoints until `keep` complete ones stand, two at least; what is not complete counts as none.
 
@@ -215,6 +229,8 @@ def sweep(root: Path) -> None:
     """Remove what interrupted saves left behind."""
     for path in root.glob(f"{UNFINISHED}*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    for link in root.glob(f".{LATEST}.*"):
+        link.unlink(missing_ok=True)
 
 
 def verify(folder: Path, *groups: str) -> dict:
@@ -237,8 +253,15 @@ def verify(folder: Path, *groups: str) -> dict:
         file = folder / name
         if not file.is_file():
             raise ValueError(f"{file}: missing from the checkpoint of step {manifest['step']}; use another checkpoint")
-        if file.stat().st_size != expected["bytes"] or sha256_of(file) != expected["sha256"]:
+        try:
+            same = file.stat().st_size == expected["bytes"] and sha256_of(file) == expected["sha256"]
+        except OSError as error:
+            raise ValueError(f"{file}: damaged, it cannot be read ({error}); use another checkpoint") from None
+        if not same:
             raise ValueError(f"{file}: damaged, it does not match its hash in {MANIFEST}; use another checkpoint")
+    for file in folder.glob("*/*"):  # a reader takes every file of a group
+        if file.relative_to(folder).as_posix() not in manifest["files"]:
+            raise ValueError(f"{file}: damaged checkpoint, {MANIFEST} does not name this file; use another checkpoint")
     return manifest
 
 
@@ -319,8 +342,11 @@ def read_whole(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _bytes(x: Tensor) -> int:
-    local = x.to_local() if isinstance(x, DTensor) else x
-    return local.numel() * local.element_size()
+    """What this process writes of a tensor: of one that several hold, the first of them writes it."""
+    if not isinstance(x, DTensor):
+        return x.nbytes if not dist.is_initialized() or dist.get_rank() == 0 else 0
+    place = zip(x.placements, x.device_mesh.get_coordinate() or (), strict=False)
+    return 0 if any(p.is_replicate() and at for p, at in place) else x.to_local().nbytes
 
 
 class DiskFull(OSError):

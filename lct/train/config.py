@@ -85,7 +85,7 @@ class TrainConfig:
     it begins exactly as a model that does not rotate text."""
     text_scale_steps: int = 0
     batch_rows: int = 0
-    """Rows of the global batch: scenes are drawn until they have as many; 0: `scenes` of them."""
+    """Rows that the global batch holds: scenes are drawn while they fit, one at least; 0: `scenes` of them."""
     lora: int = 0
     """Rank of low-rank changes that alone are trained, beside the frozen weights of `init`; 0 trains all weights."""
     init_digest: Annotated[str | None, tyro.conf.Suppress] = None

@@ -30,16 +30,21 @@ def scene(rng: np.random.Generator) -> list[Shot]:
     return shots if count == 1 else [Shot(int(rng.integers(100, 301)), GLOBAL_VIDEO, "global"), *shots]
 
 
-def imbalances(cost: Cost, processes: int, steps: int, seed: int = 0) -> list[float]:
-    """Largest over mean cost of `processes` in each of so many steps of `SCENES` scenes a process."""
-    rng, found = np.random.default_rng(seed), []
+def imbalances(
+    cost: Cost, processes: int, steps: int, pass_rows: int = 0, seed: int = 0
+) -> tuple[list[float], list[float]]:
+    """Largest over mean cost of `processes` in each of so many steps of `SCENES` scenes a process: over the step, and
+    where they wait for one another in every pass of `pass_rows`."""
+    rng, of_step, of_passes = np.random.default_rng(seed), [], []
     pool = []
     for _ in range(4096):
         shots = scene(rng)
         if cost.cross:
             shots = [shot for shot in shots if shot.role == "shot"]
-        pool.append(cost.training(SceneLayout([shots])))
+        pool.append((cost.training(SceneLayout([shots])), sum(shot.rows for shot in shots)))
     for _ in range(steps):
-        costs = [pool[i] for i in rng.integers(len(pool), size=SCENES * processes)]
-        found.append(plan_step(costs, [0] * len(costs), processes).imbalance(costs))
-    return found
+        costs, rows = zip(*(pool[i] for i in rng.integers(len(pool), size=SCENES * processes)), strict=True)
+        share = plan_step(costs, rows, processes, pass_rows)
+        of_step.append(share.imbalance(costs))
+        of_passes.append(share.imbalance(costs, every_pass=True))
+    return of_step, of_passes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -88,6 +88,27 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, on all."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    def once(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on the first process, which alone does it; what it raises is raised on all."""
+        value: Any = None
+        if self.first:
+            try:
+                value = (work(), None)
+            except (ValueError, OSError) as error:
+                value = (None, error)
+        result, failure = self.told(value)
+        if failure is not None:
+            raise failure
+        return result
+
     def leave(self) -> None:
         """Part from the others in order; a process that just ends may abort those that still wait."""
         if self.count > 1 and dist.is_initialized():
@@ -112,6 +133,8 @@ class Processes:
         for block in model.blocks:
             recomputed(block, e.recompute)
         if e.compile:
+            # one for the first sizes, one for all others, and one for each kind of size that happens to be 1
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for block in model.blocks:
                 block.compile(fullgraph=True)
         if self.mesh is None:
@@ -145,11 +168,6 @@ def is_lost(error: RuntimeError) -> bool:
     """Whether an error is what is left of a process that ended."""
     words = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in words for word in ("gloo", "nccl", "connection closed"))
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes for all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def own(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Steppable
 
 from lct.data.batch import Batch, Dataset, Drawn, draw_scene, pack_drawn, scene_shots
-from lct.data.scenes import SceneSample, ShotSample
+from lct.data.scenes import SceneSample, ShotSample, shot_prompt
 from lct.data.stored import Damaged
 from lct.layout import SceneLayout, Shot
 from lct.model.mmdit import MMDiT
@@ -24,12 +23,14 @@ from lct.train.config import TrainConfig
 class StepData(NamedTuple):
     """The passes of a process in a step; a batch of a pass that only keeps step with others has no weight.
 
-    damaged    files that could not be read, whose scenes are left out
+    damaged    by slot, what could not be read of the scenes of this process
+    without    slots that were left out from the start
     imbalance  largest over mean cost of the processes
     """
 
     passes: list[tuple[Batch, bool]]
-    damaged: list[str]
+    damaged: dict[int, str]
+    without: frozenset[int]
     imbalance: float
 
 
@@ -44,11 +45,12 @@ class Steps(Steppable):
         data: int = 0,
         datas: int = 1,
         pass_rows: int = 0,
-        skip: bool = False,
+        together: bool = True,
     ):
+        """together: processes wait for one another in every pass, as the imbalance then counts it."""
         self.config, self.scenes, self.encoder = config, scenes, model.encoder
         self.cost = model.cost()
-        self.data, self.datas, self.pass_rows, self.skip = data, datas, pass_rows, skip
+        self.data, self.datas, self.pass_rows, self.together = data, datas, pass_rows, together
 
     def draw(self, step: int) -> tuple[list[Drawn], list[list[Shot]]]:
         """All scenes of a step, and their shots; their latents stay where they are."""
@@ -59,11 +61,17 @@ class Steps(Steppable):
             )
             counted = scene_shots(scene.sample, self._length, c.model.patch, c.model.cross)
             rows += sum(shot.rows for shot in counted)
+            if c.batch_rows and drawn and rows > c.batch_rows:
+                break
             drawn.append(scene)
             shots.append(counted)
         return drawn, shots
 
     def __getitem__(self, step: int) -> StepData:
+        return self.read(step)
+
+    def read(self, step: int, without: frozenset[int] = frozenset()) -> StepData:
+        """The data of a step; `without` slots that cannot be read."""
         drawn, shots = self.draw(step)
         if self.datas == 1 and not self.pass_rows:
             share, imbalance = [list(range(len(drawn)))], 1.0
@@ -71,12 +79,18 @@ class Steps(Steppable):
             costs = [self.cost.training(SceneLayout([scene], self.config.visibility)) for scene in shots]
             sizes = [sum(shot.rows for shot in scene) for scene in shots]
             plan = plan_step(costs, sizes, self.datas, self.pass_rows)
-            share, imbalance = plan.passes[self.data], plan.imbalance(costs)
-        passes, damaged = [], []
+            share, imbalance = plan.passes[self.data], plan.imbalance(costs, self.together)
+        passes, damaged = [], {}
         for part in share:
-            scenes = [scene for i in part if (scene := self._read(drawn[i], damaged)) is not None]
+            scenes = []
+            for slot in part:
+                try:
+                    if slot not in without:
+                        scenes.append(self._read(drawn[slot]))
+                except Damaged as error:
+                    damaged[slot] = str(error)
             passes.append((self._packed(scenes or [self._nothing(drawn[0])]), bool(scenes)))
-        return StepData(passes, damaged, imbalance)
+        return StepData(passes, damaged, without, imbalance)
 
     def _length(self, prompt: str) -> int:
         return self.encoder.length(prompt)
@@ -87,19 +101,15 @@ class Steps(Steppable):
             scenes, self.encoder.tokenize, c.model.patch, c.visibility, c.shared_time, c.one_place, c.model.cross
         )
 
-    def _read(self, drawn: Drawn, damaged: list[str]) -> Drawn | None:
-        """The scene with its latents in memory; None where it is damaged and such scenes are left out."""
-        try:
-            shots = tuple(
-                ShotSample(np.asarray(shot.latents), shot.prompt, shot.cut, shot.images[:0])
-                for shot in drawn.sample.shots
-            )
-        except Damaged as error:
-            if not self.skip:
-                raise
-            damaged.append(str(error))
-            return None
-        return Drawn(SceneSample(drawn.sample.global_prompt, shots), drawn.rng)
+    def _read(self, drawn: Drawn) -> Drawn:
+        """The scene with its latents in memory; `Damaged` where they, or its text, cannot be read."""
+        sample = drawn.sample
+        for prompt in (sample.global_prompt or "", *(shot_prompt(shot.prompt, shot.cut) for shot in sample.shots)):
+            self.encoder.tokenize(prompt)
+        shots = tuple(
+            ShotSample(np.asarray(shot.latents), shot.prompt, shot.cut, shot.images[:0]) for shot in sample.shots
+        )
+        return Drawn(SceneSample(sample.global_prompt, shots), drawn.rng)
 
     def _nothing(self, like: Drawn) -> Drawn:
         """One patch of zeros, for a pass of a process that has no scene left."""
@@ -122,11 +132,6 @@ def reading(steps: Steps, first: int, end: int, workers: int) -> Iterator[StepDa
             pin_memory=False,
         )
     )
-
-
-def warn_of(damaged: list[str]) -> None:
-    for line in damaged:
-        warnings.warn(f"a scene was left out: {line}", stacklevel=2)
 
 
 def _as_it_is(data: StepData) -> StepData:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import signal
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -20,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lct.data.batch import Batch, Dataset
 from lct.data.folder import SceneFolder, StoredScenes
 from lct.data.shards import SceneShards, is_packed
+from lct.data.stored import Damaged
 from lct.data.toy import ToyScenes
 from lct.layout import Geometry
 from lct.model.cost import peak_flops
@@ -27,13 +30,23 @@ from lct.model.flow import logit_normal, noised, shift_time, shot_shift
 from lct.model.mmdit import MMDiT
 from lct.model.text import Finished
 from lct.pretrained.features import FeatureTable, prompts_of
-from lct.train.checkpoint import Saver, checkpoints, latest, load_config, newest_whole, read_into, stored, sweep
+from lct.train.checkpoint import (
+    Saver,
+    checkpoints,
+    latest,
+    load_config,
+    newest_whole,
+    read_into,
+    set_aside,
+    stored,
+    sweep,
+)
 from lct.train.config import TrainConfig
 from lct.train.execution import HERE, Execution
 from lct.train.interrupts import Interrupts, Stopped, abandoned_when
 from lct.train.processes import Processes, is_lost, own
 from lct.train.record import NOISE_LEVELS, Log, StepRecord, memory, trim_log
-from lct.train.steps import StepData, Steps, reading, warn_of
+from lct.train.steps import StepData, Steps, reading
 from lct.train.weights import assign_weights, settled, starting_model, trained
 
 MOST_SKIPPED = 5  # steps in a row that are not finite before a run gives up
@@ -51,14 +64,14 @@ class Losses(NamedTuple):
     each: Tensor
 
 
-def dataset(config: TrainConfig) -> Dataset:
+def dataset(config: TrainConfig, skip: bool = False) -> Dataset:
     """Toy scenes, or those on disk. ValueError, before any training, where a kind of scene is missing that the mixture
-    asks for, or the model's patch does not divide some latents."""
+    asks for, or the model's patch does not divide some latents; `skip` leaves out scenes that cannot be read."""
     data = config.data
     if data.source == "toy":
         return ToyScenes(data.toy, max_shots=max(2, data.shots))
     kind = SceneShards if is_packed(data.source) else SceneFolder
-    scenes = kind(data.source, max_shots=max(2, data.shots))
+    scenes = kind(data.source, max_shots=max(2, data.shots), skip=skip)
     scenes.check([kind for kind, share in data.mixture.items() if share > 0], config.model.patch)
     return scenes
 
@@ -116,20 +129,20 @@ class Trainer:
         execution: Execution = HERE,
         sampler: Sampler | None = None,
     ):
-        config = settled(config)
-        self.config, self.out, self.impl, self.execution, self.sampler = config, Path(out), impl, execution, sampler
         self.processes = Processes(execution, device)
+        config = self.processes.once(lambda: settled(config))
+        self.config, self.out, self.impl, self.execution, self.sampler = config, Path(out), impl, execution, sampler
         self.device = self.processes.device
-        self.dataset = dataset(config)
+        self.dataset = dataset(config, execution.damaged == "skip")
         encoder = None if config.model.vocabulary else _features(config, self.dataset)
         resumed = checkpoints(self.out) and not config.lora  # which need the weights that they were trained beside
-        self.model = starting_model(replace(config, init=None) if resumed else config, self.device)
+        self.model = starting_model(replace(config, init=None) if resumed else config, self.device, checked=True)
         if encoder is not None:
             self.model.text_encoder = encoder
         self.dtype = getattr(torch, config.compute_dtype)
         self.steps = Steps(
             config, self.dataset, self.model, self.processes.data, self.processes.datas,
-            execution.pass_rows, execution.damaged == "skip",
+            execution.pass_rows, execution.gather_again,
         )  # fmt: skip
         self.processes.spread(self.model, self.dtype)
         self.trained = trained(self.model)
@@ -167,9 +180,8 @@ class Trainer:
         data  where the step's data come from; None: read here
         """
         began = time.perf_counter()
-        read = self.steps[self.step] if data is None else next(data)
+        read = self._agreed(self.steps[self.step] if data is None else next(data))
         waited = time.perf_counter() - began
-        warn_of(read.damaged)
         per_batch = 1 / self.execution.context  # as many processes count the same batch
         batches = [batch for batch, counts in read.passes if counts]
         counted = [(b.losses, b.layout.rows, len(b.layout.scenes), self.steps.cost.training(b.layout)) for b in batches]
@@ -179,7 +191,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         loss = sum(levels[0])
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(loss) and math.isfinite(norm) and shots > 0
         rate = self.learning_rate(self.step)
         if finite:
             for group in self.optimizer.param_groups:
@@ -209,6 +221,18 @@ class Trainer:
             imbalance=read.imbalance,
             skipped=self.skipped,
         )
+
+    def _agreed(self, read: StepData) -> StepData:
+        """The step without the scenes that some process could not read; `Damaged`, on all, where they stop the run."""
+        while self.processes.any(bool(read.damaged))[0]:
+            damaged = {slot: line for part in self.processes.gathered(read.damaged) for slot, line in part.items()}
+            if self.execution.damaged == "stop":
+                raise Damaged(next(iter(damaged.values())))
+            if self.processes.first:
+                for line in damaged.values():
+                    warnings.warn(f"a scene was left out: {line}", stacklevel=2)
+            read = self.steps.read(self.step, read.without | damaged.keys())
+        return read
 
     def _backward(self, passes: list[tuple[Batch, bool]], shots: float) -> tuple[list[float], list[float]]:
         """Gradients of the mean loss over all shots of all processes; per noise level, the sum of losses and the number
@@ -250,7 +274,7 @@ class Trainer:
                         raise OSError(f"{self.out}: another process could not write its part of a checkpoint")
                     end = self.step >= self.config.steps
                     due = end or (self.step > 0 and self.step % self.config.save_every == 0)
-                    if (stop or due) and self.step != saved and not self._in_a_row:
+                    if (stop or due) and self.step != saved:
                         self.save()
                         saved = self.step
                     if stop and not end:
@@ -259,7 +283,11 @@ class Trainer:
                         raise Stopped(self.interrupts.number or signal.SIGTERM, saved, time.monotonic() - began)
                     if end:
                         break
-                    record = self.train_step(data)
+                    try:
+                        record = self.train_step(data)
+                    except Damaged as error:  # known to all processes, and what was learnt is kept
+                        error.add_note(self._kept(saved))
+                        raise
                     if log is not None:
                         log.write(record)
                     if progress is not None:
@@ -267,10 +295,12 @@ class Trainer:
                     if profile is not None:
                         profile.step()
                     if self._in_a_row >= MOST_SKIPPED:
-                        raise FloatingPointError(
+                        error = FloatingPointError(
                             f"{self._in_a_row} steps up to {self.step} had a loss or gradient that was not finite, and "
                             "changed nothing; lower lr, or look into the data"
                         )
+                        error.add_note(self._kept(saved))
+                        raise error
                     if self.execution.sample_every and self.step % self.execution.sample_every == 0:
                         self._sample()
             self.saver.wait()
@@ -283,9 +313,22 @@ class Trainer:
                 f"start the run again, it goes on from {stands[0] if stands else 'its beginning'}"
             ) from error
         finally:
+            failure, error = self.saver.end(), sys.exc_info()[1]
+            if failure is not None and error is not None:
+                error.add_note(f"and the last checkpoint could not be written: {failure}")
             if log is not None:
                 log.close()
         return latest(self.out)
+
+    def _kept(self, saved: int) -> str:
+        """Save before a run is given up; what stands then."""
+        try:
+            if self.step != saved:
+                self.save()
+            self.saver.wait()
+        except (FloatingPointError, OSError) as error:
+            return f"no further checkpoint was written: {error}"
+        return f"step {self.step} was saved"
 
     def _sample(self) -> None:
         if self.sampler is None:
@@ -346,9 +389,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint in the run's folder; False where there is none."""
-        found = self.processes.told(self._found() if self.processes.first else None)
-        if isinstance(found, Exception):
-            raise found
+        found = self.processes.once(self._found)
         if found is None:
             return False
         folder, step = found
@@ -359,7 +400,7 @@ class Trainer:
         state: dict[str, Tensor] = dict(counts)
         for name, parameter in self.trained.items():
             if f"{name}.exp_avg" in there:
-                values = {"step": torch.tensor(0.0)}
+                values = {"step": torch.zeros((), device=own(parameter).device)}
                 values |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = values
                 state |= {f"{name}.{key}": value for key, value in values.items()}
@@ -367,19 +408,19 @@ class Trainer:
         self.step, self.skipped = step, int(counts["skipped"])
         return True
 
-    def _found(self) -> tuple[Path, int] | Exception | None:
+    def _found(self) -> tuple[Path, int] | None:
         """The checkpoint to go on from, and its step, after what an interrupted run left behind is removed."""
-        try:
-            sweep(self.out)
-            if not checkpoints(self.out):
-                trim_log(self.out, 0)
-                return None
-            folder, manifest = newest_whole(self.out)
-            _check_same(load_config(folder), self.config, folder)
-            trim_log(self.out, manifest["step"])
-            return folder, manifest["step"]
-        except (ValueError, OSError) as error:
-            return error
+        sweep(self.out)
+        if not checkpoints(self.out):
+            trim_log(self.out, 0)
+            return None
+        folder, manifest = newest_whole(self.out)
+        _check_same(load_config(folder), self.config, folder)
+        for newer in checkpoints(self.out):
+            if newer > folder:  # damaged, and their steps will be saved again
+                set_aside(newer)
+        trim_log(self.out, manifest["step"])
+        return folder, manifest["step"]
 
 
 def _like(weight: Tensor, local: Tensor) -> Tensor:

@@ -126,10 +126,13 @@ def load_model(
     return model.to(device).eval().requires_grad_(False), config
 
 
-def starting_model(config: TrainConfig, device: str | torch.device = "cpu", base: str | Path | None = None) -> MMDiT:
+def starting_model(
+    config: TrainConfig, device: str | torch.device = "cpu", base: str | Path | None = None, checked: bool = False
+) -> MMDiT:
     """The model as the first step of a run finds it: new, or with the weights of `init`, and low-rank changes where it
-    trains those. Weights that are trained are fp32. `base` as in `load_model`."""
-    init = _base_of(config, base)
+    trains those. Weights that are trained are fp32. `base` as in `load_model`; `checked`: the hash of `init` is known
+    to be right."""
+    init = config.init if checked else _base_of(config, base)
     if init is not None and is_diffusers(init):
         model = load(init, device, None if config.lora else torch.float32).train().requires_grad_(True)
     elif init is not None and (config.lora or config_of(init).lora):

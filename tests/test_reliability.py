@@ -219,6 +219,17 @@ def test_a_process_that_dies_ends_the_others_with_one_message(tmp_path):
     assert "it goes on from step-0000002" in lines[0] and newest_whole(tmp_path)[1]["step"] == 2
 
 
+def test_a_run_that_was_stopped_before_its_first_step_goes_on(tmp_path):
+    first = Trainer(small(steps=2), tmp_path)
+    first.interrupts.number = signal.SIGTERM
+    with pytest.raises(SystemExit):
+        first.run()
+    again = Trainer(small(steps=2), tmp_path)
+    assert again.resume() and again.step == 0
+    again.run()
+    assert newest_whole(tmp_path)[1]["step"] == 2
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 
 

@@ -160,6 +160,7 @@ class Trainer:
         self.saver = Saver(self.out, execution.keep, execution.save_beside, self.processes.cpu_mesh)
         self.interrupts = Interrupts()
         self.step = self.skipped = self._in_a_row = 0
+        self.saved: int | None = None  # step of the newest checkpoint that this trainer wrote or went on from
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then linear decay to `lr_end` of the peak."""
@@ -260,50 +261,27 @@ class Trainer:
         row that are not finite, none of which changed the weights. OSError where a checkpoint cannot be written, or
         another process ended.
         """
-        if self.step == 0 and checkpoints(self.out):
+        if self.saved is None and self.processes.once(lambda: bool(checkpoints(self.out))):
             raise ValueError(f"{self.out}: holds checkpoints; resume() goes on from them, or choose another folder")
         log = Log(self.out, self.execution.tensorboard) if self.processes.first else None
         data = reading(self.steps, self.step, self.config.steps, self.execution.workers)
-        saved = self.step if checkpoints(self.out) else -1
         try:
             with self.interrupts, self._profiled() as profile:
-                while True:
-                    stop, failed = self.processes.any(self.interrupts.wanted, self.saver.failed)
-                    if failed:
-                        self.saver.wait()
-                        raise OSError(f"{self.out}: another process could not write its part of a checkpoint")
-                    end = self.step >= self.config.steps
-                    due = end or (self.step > 0 and self.step % self.config.save_every == 0)
-                    if (stop or due) and self.step != saved:
-                        self.save()
-                        saved = self.step
-                    if stop and not end:
-                        self.saver.wait()
-                        began = self.interrupts.at or time.monotonic()  # another process may have been told
-                        raise Stopped(self.interrupts.number or signal.SIGTERM, saved, time.monotonic() - began)
-                    if end:
-                        break
-                    try:
-                        record = self.train_step(data)
-                    except Damaged as error:  # known to all processes, and what was learnt is kept
-                        error.add_note(self._kept(saved))
-                        raise
+                while not self._ended():
+                    record = self.train_step(data)
                     if log is not None:
                         log.write(record)
                     if progress is not None:
                         progress(record)
                     if profile is not None:
                         profile.step()
-                    if self._in_a_row >= MOST_SKIPPED:
-                        error = FloatingPointError(
-                            f"{self._in_a_row} steps up to {self.step} had a loss or gradient that was not finite, and "
-                            "changed nothing; lower lr, or look into the data"
-                        )
-                        error.add_note(self._kept(saved))
-                        raise error
+                    self._check_streak()
                     if self.execution.sample_every and self.step % self.execution.sample_every == 0:
                         self._sample()
             self.saver.wait()
+        except (Damaged, FloatingPointError) as error:  # all processes know, and what was learnt is kept
+            error.add_note(self._kept())
+            raise
         except RuntimeError as error:
             if self.processes.count == 1 or not is_lost(error):
                 raise
@@ -320,10 +298,34 @@ class Trainer:
                 log.close()
         return latest(self.out)
 
-    def _kept(self, saved: int) -> str:
+    def _ended(self) -> bool:
+        """Between two steps: save where it is time to, and say whether all are taken. `Stopped` where some process was
+        told to stop, OSError where one could not write its part of a checkpoint."""
+        stop, failed = self.processes.any(self.interrupts.wanted, self.saver.failed)
+        if failed:
+            self.saver.wait()
+            raise OSError(f"{self.out}: another process could not write its part of a checkpoint")
+        end = self.step >= self.config.steps
+        due = end or (self.step > 0 and self.step % self.config.save_every == 0)
+        if (stop or due) and self.step != self.saved:
+            self.save()
+        if stop and not end:
+            self.saver.wait()
+            began = self.interrupts.at or time.monotonic()  # another process may have been told
+            raise Stopped(self.interrupts.number or signal.SIGTERM, self.step, time.monotonic() - began)
+        return end
+
+    def _check_streak(self) -> None:
+        if self._in_a_row >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{self._in_a_row} steps up to {self.step} had a loss or gradient that was not finite, and changed "
+                "nothing; lower lr, or look into the data"
+            )
+
+    def _kept(self) -> str:
         """Save before a run is given up; what stands then."""
         try:
-            if self.step != saved:
+            if self.step != self.saved:
                 self.save()
             self.saver.wait()
         except (FloatingPointError, OSError) as error:
@@ -385,7 +387,9 @@ class Trainer:
         }
         counts = {"n_averaged": self.ema.n_averaged, "skipped": torch.tensor(self.skipped)}
         groups = {"model": self.trained, "ema": self.averages, "optimizer": state | counts}
-        return self.saver.save(self.step, groups, self.config)
+        folder = self.saver.save(self.step, groups, self.config)
+        self.saved = self.step
+        return folder
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint in the run's folder; False where there is none."""
@@ -405,7 +409,7 @@ class Trainer:
                 self.optimizer.state[parameter] = values
                 state |= {f"{name}.{key}": value for key, value in values.items()}
         read_into(folder, "optimizer", state)
-        self.step, self.skipped = step, int(counts["skipped"])
+        self.step, self.saved, self.skipped = step, step, int(counts["skipped"])
         return True
 
     def _found(self) -> tuple[Path, int] | None:

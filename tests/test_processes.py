@@ -1,15 +1,21 @@
 """One process, sharded weights, shared rows: the same losses and gradients; checkpoints go from any number to any."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from processes import start
+from processes import small, start
 from safetensors.torch import load_file
 
+from lct.cli import main
 from lct.layout import SceneLayout, Shot
+from lct.model.families import build
 from lct.model.shared import share_rows
 from lct.train.checkpoint import newest_whole, read_whole
+from lct.train.weights import load_model, save_weights
 
 WAYS = {
     "one process again": (1, {"recompute": "all"}),
@@ -159,3 +165,49 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
     assert done.returncode and "context: expected a divisor of 3 heads" in done.stderr
     done = start(2, "train", tmp_path, json.dumps({"context": 3}), check=False)
     assert done.returncode and "expected a product that divides 2 processes, got 1 · 3" in done.stderr
+
+
+def torchrun(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lct"]
+    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_in_two_processes(tmp_path):
+    """Train, sample on the way, go on: the first process speaks for both; one samples from what they left."""
+    scene = Path(__file__).parents[1] / "docs" / "scene"
+    how = ["--context", 2, "--recompute", "attention", "--save-beside", "--keep", 2]
+    what = ["--init", "None", "--scenes", 2, "--save-every", 2, "--warmup", 1, "--ema", 0.5, "--steps"]
+    run = ["train", "tiny_lct", *what, 4, "--out", tmp_path / "run", *how]
+    done = torchrun(*run, "--scene", scene, "--sample-every", 3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "run" / "step-0000004")
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "samples" / "step-0000003" / "contact-sheet.png").is_file()
+    again = torchrun(*run)
+    assert again.stdout.splitlines() == [
+        f"resuming {tmp_path / 'run'} at step 4",
+        str(tmp_path / "run" / "step-0000004"),
+    ]
+    arguments = ["sample", scene, "--weights", tmp_path / "run", "--steps", 1, "--out", tmp_path / "made"]
+    assert main([str(word) for word in arguments]) == 0
+    wrong = torchrun("train", "tiny_lct", *what, 4, "--out", tmp_path / "other", "--context", 3)
+    assert wrong.returncode and "lct: error: replicate, context: expected a product that divides 2" in wrong.stderr
+
+
+def test_low_rank_changes_are_spread_too(tmp_path):
+    """Some processes hold nothing of a change of rank two."""
+    torch.manual_seed(0)
+    base = tmp_path / "base.safetensors"
+    model = build(small().model)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    save_weights(base, model.state_dict(), small(), torch.float32)
+    changes = json.dumps({"init": str(base), "lora": 2, "steps": 6, "save_every": 3})
+    start(1, "train", tmp_path / "one", "{}", changes)
+    for steps in (3, 6):
+        start(2, "train", tmp_path / "two", "{}", changes, "until", steps)
+    for a, b in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    merged = [load_model(tmp_path / name)[0].state_dict() for name in ("one", "two")]
+    assert all(torch.allclose(w, merged[1][name], rtol=1e-3, atol=1e-5) for name, w in merged[0].items())
+    assert any(not torch.equal(w, model.state_dict()[name]) for name, w in merged[1].items())

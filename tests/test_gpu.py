@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import small
 from tensors import SCENES, VISIBILITIES, Inputs, assert_attention, build, dtype_id, same_bytes, skip_unless_able
 from test_attention import identity
 from test_model import inputs as model_inputs
@@ -32,6 +33,9 @@ from lct.kernels.numerics import compare
 from lct.layout import Geometry, SceneLayout, Shot
 from lct.model.config import Memory, tiny
 from lct.sample import Sampling, autoregressive
+from lct.train.execution import Execution
+from lct.train.record import read_log
+from lct.train.trainer import Trainer
 from lct.validate import DTYPES, validate
 
 pytestmark = pytest.mark.gpu
@@ -425,3 +429,21 @@ def test_one_varlen_call_over_overlapping_prefixes_has_no_right_gradient():
         return
     errors = [((x - y).norm() / y.norm()).item() for x, y in zip(found, truth, strict=True)]
     assert not max(errors) < 0.1, f"relative errors {errors} of dq, dk, dv"
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": "attention"}, {"save_beside": True}], ids=str)
+def test_a_run_goes_on(options, tmp_path):
+    """Saved and resumed on the GPU: the losses of one that was not stopped, and those of the CPU."""
+    config, execution = small(steps=6, save_every=3), Execution(**options)
+    Trainer(config, tmp_path / "cpu").run()
+    Trainer(config, tmp_path / "whole", "cuda", execution=execution).run()
+    first = Trainer(config, tmp_path / "parts", "cuda", execution=execution)
+    for _ in range(3):
+        first.train_step()
+    first.save()
+    first.saver.wait()
+    second = Trainer(config, tmp_path / "parts", "cuda", execution=execution)
+    assert second.resume() and second.step == 3
+    losses = [second.train_step().loss for _ in range(3)]
+    whole, cpu = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("whole", "cpu"))
+    assert losses == pytest.approx(whole[3:], rel=1e-4) and whole == pytest.approx(cpu, rel=1e-3)

@@ -325,6 +325,15 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
     assert len(list(tmp_path.glob("damaged-step-0000004-*"))) == 1
 
 
+def test_a_folder_that_is_no_checkpoint_does_not_keep_its_step_from_being_saved(tmp_path):
+    (tmp_path / "step-0000002").mkdir()
+    trainer = Trainer(small(steps=2, save_every=2), tmp_path)
+    for _ in range(2):
+        trainer.train_step()
+    trainer.save()
+    assert newest_whole(tmp_path)[1]["step"] == 2 and len(list(tmp_path.glob("damaged-step-0000002-*"))) == 1
+
+
 def test_what_the_manifest_does_not_name_is_not_read(tmp_path):
     Trainer(small(steps=2, save_every=2), tmp_path).run()
     folder = newest_whole(tmp_path)[0]

@@ -123,8 +123,10 @@ class Saver:
 
     def _begin(self, folder: Path, need: int) -> Path | None:
         """A new folder to write into; None where the checkpoint stands already."""
-        if folder.exists():
+        if (folder / MANIFEST).is_file():
             return None
+        if folder.exists():
+            set_aside(folder)
         self.root.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.root).free < need + SPARE:
             raise _disk_full(self.root, int(folder.name.removeprefix(PREFIX)), need + SPARE)
@@ -153,12 +155,7 @@ class Saver:
         told = {name: entry for part in files for name, entry in part.items()} | {CONFIG: _told(temporary / CONFIG)}
         manifest = {"step": step, "torch": torch.__version__, "files": dict(sorted(told.items()))}
         (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
-        for path in (
-            temporary / CONFIG,
-            temporary / MANIFEST,
-            *(p for p in temporary.iterdir() if p.is_dir()),
-            temporary,
-        ):
+        for path in (*temporary.iterdir(), temporary):
             _sync(path)
         temporary.rename(folder)
         _sync(self.root)

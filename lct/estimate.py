@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -86,6 +87,7 @@ def estimate(name: str, layout: SceneLayout, lora: int = 0) -> dict[str, float]:
     }
 
 
+@lru_cache
 def kept_bytes(
     config: ModelConfig, layout: SceneLayout, recompute: str, dtype: torch.dtype = torch.bfloat16, lora: int = 0
 ) -> int:

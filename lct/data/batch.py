@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -79,6 +80,7 @@ def pack(
     """
     channels = samples[0].shots[0].latents.shape[-1] * int(np.prod(patch))
     scenes, latents, prompts = [], [], []
+    tokenize = lru_cache(maxsize=None)(tokenize)  # each prompt once: its rows, and their number
     for sample in samples:
         shared = None if sample.global_prompt is None else tokenize(sample.global_prompt)
         if shared is not None and not cross:

@@ -36,9 +36,12 @@ def shot_shift(shift: float, video_rows: int, reference_rows: int = 0) -> float:
     return shift * (video_rows / reference_rows) ** 0.5 if reference_rows else shift
 
 
-def shot_losses(velocity: Tensor, target: Tensor, shot: Tensor, shots: int) -> Tensor:
-    """Per shot, the mean squared error of its video rows (Eq. 1); [shots] in fp32, 0 where a shot has no row."""
+def shot_losses(velocity: Tensor, target: Tensor, shot: Tensor, shots: int, counts: Tensor | None = None) -> Tensor:
+    """Per shot, the mean squared error of its video rows (Eq. 1); [shots] in fp32, 0 where a shot has no row.
+
+    counts  rows of each shot, where some are elsewhere: then this is their part of the mean
+    """
     errors = (velocity.float() - target.float()).square().mean(dim=1)
     sums = errors.new_zeros(shots).index_add(0, shot, errors)
-    counts = torch.bincount(shot, minlength=shots).clamp(min=1)
-    return sums / counts
+    counts = torch.bincount(shot, minlength=shots) if counts is None else counts
+    return sums / counts.clamp(min=1)

@@ -51,7 +51,7 @@ class WordEncoder(nn.Module):
         return torch.tensor([1 + zlib.crc32(word.encode(), _SALT) % (self.vocabulary - 1) for word in words] or [NULL])
 
     def length(self, prompt: str) -> int:
-        return len(self.tokenize(prompt))
+        return len(_WORDS.findall(prompt)) or 1
 
     def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
         """tokens, places int64 [S_text] -> [S_text, channels]."""

@@ -307,8 +307,12 @@ def load_config(folder: Path) -> TrainConfig:
 
 def stored(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Names and whole shapes of the tensors of a group."""
+    return {key: tuple(entry.size) for key, entry in _entries(folder, name).items()}
+
+
+def _entries(folder: Path, name: str) -> dict[str, TensorStorageMetadata]:
     found = HuggingFaceStorageReader(str(folder / name)).read_metadata().state_dict_metadata
-    return {key: tuple(entry.size) for key, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+    return {key: entry for key, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_into(folder: Path, name: str, tensors: Group, alone: bool = False) -> None:
@@ -328,11 +332,8 @@ def read_whole(folder: Path, name: str) -> dict[str, Tensor]:
     single = folder / f"{name}.safetensors"  # as checkpoints were before they were sharded
     if single.is_file():
         return load_file(single)
-    metadata = HuggingFaceStorageReader(str(folder / name)).read_metadata().state_dict_metadata
     tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
+        key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in _entries(folder, name).items()
     }
     read_into(folder, name, tensors, alone=True)
     return tensors

@@ -26,7 +26,7 @@ from lct.data.stored import Damaged
 from lct.data.toy import ToyScenes
 from lct.layout import Geometry
 from lct.model.cost import peak_flops
-from lct.model.flow import logit_normal, noised, shift_time, shot_shift
+from lct.model.flow import logit_normal, noised, shift_time, shot_losses, shot_shift
 from lct.model.mmdit import MMDiT
 from lct.model.text import Finished
 from lct.pretrained.features import FeatureTable, prompts_of
@@ -100,15 +100,8 @@ def shot_errors(
     shot = geometry.streams.video_shot
     flow = noised(batch.latents[rows].to(device), batch.noise[rows].to(device), times[shot])
     velocity = model(flow.z_t.to(dtype), (batch.tokens.to(device), batch.places.to(device)), times, geometry, impl=impl)
-    errors = (velocity.float() - flow.target.float()).square().mean(dim=1)
-    sums = errors.new_zeros(len(times)).index_add(0, shot, errors)
-    each = torch.where(is_shot, sums / counts.clamp(min=1), 0.0)
+    each = torch.where(is_shot, shot_losses(velocity, flow.target, shot, len(times), counts), 0.0)
     return Losses(each.sum(), each.detach())
-
-
-def batch_loss(model: MMDiT, batch: Batch, times: Tensor, text_scale: float, dtype: torch.dtype, impl: str) -> Tensor:
-    """Mean over shots of `shot_errors`."""
-    return shot_errors(model, batch, times, text_scale, dtype, impl).total / batch.losses
 
 
 class Trainer:

@@ -1,78 +1,117 @@
-// The index arithmetic of the Hopper kernels, for the GPU and for the tests: which tile a block computes, where a matrix
-// lies in shared memory, what a wgmma descriptor says of it.
+// What the Hopper kernels, their launches and their tests agree on: tiles and the order in which blocks take them, where
+// matrices lie in shared memory, what a wgmma descriptor says of one, which element of a product a thread holds.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LCT_HD __host__ __device__ __forceinline__
-#else
-#define LCT_HD inline
-#endif
+#include "common.cuh"
 
 namespace lct::sm90 {
 
-constexpr int kQueries = 128;  // of a tile: 64 for each of two consumer warpgroups
-constexpr int kKeys = 128;     // of a tile
-constexpr int kRowBytes = 128;  // of a shared-memory row: 64 channels of a half type, one swizzle span
+constexpr int kRowBytes = 128;  // of shared memory: 64 channels of a half type, the span that is swizzled
+constexpr int kSpan = 64;       // channels
+constexpr int kWarps = 4;       // of a warpgroup
 
-// A row of a plan's table: queries [start, end), then intervals of keys.
+// A run of a plan's table (see lct/plan.py): query rows [start, end), then intervals of keys.
 struct Run {
   const int32_t* row;
-  LCT_HD int start() const { return row[0]; }
-  LCT_HD int end() const { return row[1]; }
-  LCT_HD int first(int i) const { return row[2 + 2 * i]; }
-  LCT_HD int last(int i) const { return row[3 + 2 * i]; }
+  HD int start() const { return row[0]; }
+  HD int end() const { return row[1]; }
 };
 
 struct Tile {
-  int run;    // row of the table; -1: there is no such tile
-  int query;  // first query row
+  int run;   // row of the table; -1: there are no more
+  int first;  // row of queries
   int head;
 };
 
-LCT_HD int tiles_of(int rows, int size) { return (rows + size - 1) / size; }
-
-// Tile `index` in the order in which they are handed out: run by run as the table has them, those that see most first;
-// within a run head by head, so that neighbouring blocks read the same keys and values.
-LCT_HD Tile tile_at(const int32_t* table, int rows, int width, int heads, int64_t index) {
-  for (int r = 0; r < rows; ++r) {
+// Tile `index`, of `size` queries: run by run as the table has them, those that see most first; within a run head by
+// head, so that blocks that run together read the same keys and values.
+HD Tile tile_at(const int32_t* table, int runs, int width, int heads, int size, int64_t index) {
+  for (int r = 0; r < runs; ++r) {
     const Run run{table + int64_t(r) * width};
-    const int64_t tiles = tiles_of(run.end() - run.start(), kQueries);
-    if (index < tiles * heads) {
-      return {r, run.start() + int(index % tiles) * kQueries, int(index / tiles)};
-    }
-    index -= tiles * heads;
+    const int tiles = (run.end() - run.start() + size - 1) / size;
+    const int64_t all = int64_t(tiles) * heads;
+    if (index < all) return {r, run.start() + int(index % tiles) * size, int(index / tiles)};
+    index -= all;
   }
   return {-1, 0, 0};
 }
 
-LCT_HD int64_t tile_count(const int32_t* table, int rows, int width, int heads) {
-  int64_t count = 0;
-  for (int r = 0; r < rows; ++r) {
-    const Run run{table + int64_t(r) * width};
-    count += int64_t(tiles_of(run.end() - run.start(), kQueries)) * heads;
+// The key tiles that a run sees, of `size` keys but for the last of each interval.
+class KeyTiles {
+ public:
+  HD KeyTiles(const int32_t* run, int width, int size) : at_(run + 2), end_(run + width), size_(size) { open(); }
+  HD bool more() const { return at_ < end_; }
+  HD int first() const { return first_; }
+  HD int count() const { return last_ - first_ < size_ ? last_ - first_ : size_; }
+  HD void next() {
+    first_ += size_;
+    if (first_ >= last_) {
+      at_ += 2;
+      open();
+    }
   }
-  return count;
+
+ private:
+  HD void open() {
+    for (; at_ < end_; at_ += 2) {
+      first_ = at_[0];
+      last_ = at_[1];
+      if (first_ < last_) return;
+    }
+  }
+
+  const int32_t *at_, *end_;
+  int size_, first_ = 0, last_ = 0;
+};
+
+// Byte offset of (row, channel) in a matrix of half numbers as a copy with 128-byte swizzle writes it: span behind span,
+// in each the 16-byte pieces of a row exchanged by the row's last three bits. The matrix begins at a multiple of 1024.
+HD int swizzled(int rows, int row, int channel) {
+  return channel / kSpan * rows * kRowBytes + row * kRowBytes + ((channel % kSpan / 8 ^ (row & 7)) << 4) + channel % 8 * 2;
 }
 
-// Byte offset of (row, channel) in a matrix of half numbers that TMA wrote with 128-byte swizzle, in spans of 64
-// channels, one span behind the other: 16-byte chunks of a row are exchanged by the row's last three bits.
-LCT_HD int swizzled(int row, int channel, int rows) {
-  const int span = channel / 64, chunk = channel % 64 / 8, within = channel % 8 * 2;
-  return span * rows * kRowBytes + row * kRowBytes + ((chunk ^ (row & 7)) << 4) + within;
+// wgmma's descriptor of a matrix in shared memory with 128-byte swizzle. `between_eights`: bytes from eight rows to the
+// next eight; `between_spans`: from 64 channels to the next 64, where channels are the product's columns.
+HD uint64_t descriptor(uint32_t address, int between_spans, int between_eights) {
+  const auto units = [](uint32_t bytes) { return uint64_t(bytes >> 4 & 0x3fff); };
+  return units(address) | units(between_spans) << 16 | units(between_eights) << 32 | uint64_t(1) << 62;
 }
 
-// Descriptor of a matrix for wgmma: address, leading and stride offsets in units of 16 bytes, 128-byte swizzle.
-// K-major (queries, keys): eight rows are 1024 bytes apart. MN-major (values): groups of eight rows of keys are 1024
-// bytes apart, spans of 64 channels `leading` bytes.
-LCT_HD uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  uint64_t bits = 0;
-  bits |= uint64_t((address & 0x3FFFF) >> 4);
-  bits |= uint64_t((leading & 0x3FFFF) >> 4) << 16;
-  bits |= uint64_t((stride & 0x3FFFF) >> 4) << 32;
-  bits |= uint64_t(1) << 62;
-  return bits;
+// Of a matrix whose rows are [row, …) and columns [channel, channel + 16): rows of queries or keys, as one of the two
+// factors whose columns are summed over.
+HD uint64_t by_channels(uint32_t matrix, int rows, int row, int channel) {
+  return descriptor(matrix + channel / kSpan * rows * kRowBytes + row * kRowBytes + channel % kSpan * 2, 0, 8 * kRowBytes);
 }
+
+// Of a matrix whose rows [row, row + 16) are summed over, with all its channels.
+HD uint64_t by_rows(uint32_t matrix, int rows, int row) {
+  return descriptor(matrix + row * kRowBytes, rows * kRowBytes, 8 * kRowBytes);
+}
+
+// Element i of the N / 2 that a thread of a warpgroup holds of a product [64, N].
+HD int row_of(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
+HD int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+
+// The forward's tiles. A block computes 64 queries in each of its consumer warpgroups.
+template <int D>
+struct ForwardShape {
+  static constexpr int kConsumers = 2;
+  static constexpr int kQueries = 64 * kConsumers;
+  static constexpr int kKeys = D == 128 ? 176 : 128;
+  static constexpr int kStages = D == 128 ? 2 : 4;  // of keys, and of values
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+};
+
+struct ForwardParams {
+  const int32_t* table;  // of a plan: [runs, width], on the device
+  int runs, width;
+  int heads, group;  // A; heads of queries that share a head of keys, A / A_kv
+  int64_t q_rows;    // S
+  float scale;       // above 0
+  void* out;         // [S, A, D]
+  float* lse;        // [A, S]
+};
 
 }  // namespace lct::sm90

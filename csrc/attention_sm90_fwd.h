@@ -1,0 +1,301 @@
+// Attention forward on Hopper: one warp copies keys and values to shared memory, two warpgroups of 64 queries compute.
+//
+// Blocks stay: each takes a tile of queries after the other (see `tile_at`). A tile's keys pass in steps. In step i a
+// warpgroup starts the scores of keys i + 1 and, behind them, the product of weights i with values i; while the tensor
+// cores work it exponentiates. The two warpgroups take turns in starting (`turn`), so that one's products run
+// under the other's exponentials. Only the last tile of an interval is masked, and its values past the end are
+// made 0, because 0 · NaN is NaN.
+//
+// Two blocks may form a cluster that computes two tiles of a run: each copies half of the keys and values, to both.
+//
+// The same code runs on a CPU in the tests, thread by thread, on tests/emulator/sm90_emulated.h.
+#pragma once
+
+#include "attention_sm90.h"
+#ifdef __CUDACC__
+#include "sm90.cuh"
+#else
+#include "sm90_emulated.h"
+#endif
+
+namespace lct::sm90 {
+
+// Where a ring of kStages stands: the stage, and the parity of its barriers' current phase.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+  DEVICE void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <class T, int D, int kCluster>
+class Forward {
+  using Shape = ForwardShape<D>;
+  static constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
+  static constexpr int kCopied = kKeys / kCluster;  // rows of a key tile that this block copies
+  static_assert(kCopied % 8 == 0 && kKeys % 16 == 0, "the swizzle repeats every 8 rows, products sum over 16");
+
+ public:
+  struct alignas(1024) Memory {
+    uint8_t q[kQueries * D * 2];
+    uint8_t k[kStages][kKeys * D * 2];
+    uint8_t v[kStages][kKeys * D * 2];
+    uint64_t q_full, q_empty;
+    uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  };
+
+  DEVICE Forward(Memory& memory, const ForwardParams& params, const TensorMap& q, const TensorMap& k, const TensorMap& v)
+      : m_(memory), p_(params), q_(q), k_(k), v_(v), rank_(kCluster > 1 ? block_in_cluster() : 0) {}
+
+  DEVICE void run() {
+    if (thread_index() == 0) init();
+    kCluster > 1 ? cluster_sync() : block_sync();
+    const int group = thread_index() / 128;
+    if (group == 0) {
+      fewer_registers<24>();
+      if (thread_index() == 0) produce();
+    } else {
+      more_registers<240>();
+      consume(group - 1);
+    }
+    if (kCluster > 1) cluster_sync();  // the other block may still arrive at barriers of this one
+  }
+
+ private:
+  enum Named { kTurn = 1, kZeroed = kTurn + Shape::kConsumers };  // 0 is the whole block's
+
+  DEVICE void init() {
+    const int warps = Shape::kConsumers * kWarps;
+    barrier_init(&m_.q_full, 1);
+    barrier_init(&m_.q_empty, warps);
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(&m_.k_full[stage], 1);
+      barrier_init(&m_.k_empty[stage], warps * kCluster);
+      barrier_init(&m_.v_full[stage], 1);
+      barrier_init(&m_.v_empty[stage], warps * kCluster);
+    }
+    fence_barriers();
+  }
+
+  // The tile that this block computes in its round `index`; in a cluster the second block's may lie behind the run.
+  DEVICE Tile tile(int round) const {
+    const int64_t index = int64_t(round) * (block_count() / kCluster) + block_index() / kCluster;
+    Tile tile = tile_at(p_.table, p_.runs, p_.width, p_.heads, kQueries * kCluster, index);
+    tile.first += rank_ * kQueries;
+    return tile;
+  }
+
+  DEVICE const int32_t* run_of(const Tile& tile) const { return p_.table + int64_t(tile.run) * p_.width; }
+
+  // -- the producer ----------------------------------------------------------------------------------------------------
+
+  DEVICE void produce() {
+    prefetch(&q_), prefetch(&k_), prefetch(&v_);
+    Ring<kStages> ring;
+    int parity = 0;
+    for (int round = 0;; ++round) {
+      const Tile tile = this->tile(round);
+      if (tile.run < 0) return;
+      const int kv_head = tile.head / p_.group;
+      KeyTiles keys(run_of(tile), p_.width, kKeys);
+      for (bool first = true; keys.more(); keys.next(), ring.next(), first = false) {
+        copy_stage(m_.k[ring.stage], k_, &m_.k_full[ring.stage], &m_.k_empty[ring.stage], ring.parity, kv_head, keys);
+        if (first) {  // the keys behind which it comes were free before it was
+          barrier_wait(&m_.q_empty, parity ^ 1);
+          barrier_expect(&m_.q_full, sizeof m_.q);
+          for (int span = 0; span < D / kSpan; ++span) {
+            copy_box(m_.q + span * kQueries * kRowBytes, &q_, &m_.q_full, span * kSpan, tile.head, tile.first);
+          }
+          parity ^= 1;
+        }
+        copy_stage(m_.v[ring.stage], v_, &m_.v_full[ring.stage], &m_.v_empty[ring.stage], ring.parity, kv_head, keys);
+      }
+    }
+  }
+
+  DEVICE void copy_stage(uint8_t* to, const TensorMap& map, uint64_t* full, uint64_t* empty, int parity, int head,
+                         const KeyTiles& keys) {
+    kCluster > 1 ? barrier_wait_cluster(empty, parity ^ 1) : barrier_wait(empty, parity ^ 1);
+    barrier_expect(full, kKeys * D * 2);
+    const int row = rank_ * kCopied;
+    for (int span = 0; span < D / kSpan; ++span) {
+      uint8_t* there = to + (span * kKeys + row) * kRowBytes;
+      if (kCluster > 1)
+        copy_box(there, &map, full, span * kSpan, head, keys.first() + row, (1 << kCluster) - 1);
+      else
+        copy_box(there, &map, full, span * kSpan, head, keys.first() + row);
+    }
+  }
+
+  // -- the consumers ---------------------------------------------------------------------------------------------------
+
+  DEVICE void consume(int group) {
+    const int thread = thread_index() % 128;
+    Ring<kStages> k_ring, v_ring;
+    int parity = 0;
+    if (group == 1) pass_turn(group);  // the first turn is group 0's
+    for (int round = 0;; ++round) {
+      const Tile tile = this->tile(round);
+      if (tile.run < 0) return;
+      KeyTiles keys(run_of(tile), p_.width, kKeys);
+      float out[D / 2], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) out[i] = 0.f;
+      if (keys.more()) {
+        float scores[kKeys / 2], shrink[2];
+        uint32_t weights[kKeys / 16][4];
+        barrier_wait(&m_.q_full, parity);
+        barrier_wait(&m_.k_full[k_ring.stage], k_ring.parity);
+        start_scores(scores, group, k_ring.stage);
+        products_wait<0>();
+        settle(scores);
+        release(&m_.k_empty[k_ring.stage]);
+        k_ring.next();
+        int count = keys.count();
+        exponentiate(scores, count, top, sum, shrink);
+        pack(weights, scores);
+        for (keys.next(); keys.more(); keys.next()) {
+          barrier_wait(&m_.k_full[k_ring.stage], k_ring.parity);
+          named_sync(kTurn + group, 256);
+          start_scores(scores, group, k_ring.stage);
+          barrier_wait(&m_.v_full[v_ring.stage], v_ring.parity);
+          if (count < kKeys) zero_values(v_ring.stage, count, group);
+          start_sum(out, weights, v_ring.stage);
+          pass_turn(group);
+          products_wait<1>();
+          settle(scores);
+          release(&m_.k_empty[k_ring.stage]);
+          k_ring.next();
+          count = keys.count();
+          exponentiate(scores, count, top, sum, shrink);
+          products_wait<0>();
+          settle(out);
+          release(&m_.v_empty[v_ring.stage]);
+          v_ring.next();
+#pragma unroll
+          for (int i = 0; i < D / 2; ++i) out[i] *= shrink[i / 2 % 2];
+          pack(weights, scores);
+        }
+        if (thread % 32 == 0) barrier_arrive(&m_.q_empty);
+        parity ^= 1;
+        barrier_wait(&m_.v_full[v_ring.stage], v_ring.parity);
+        if (count < kKeys) zero_values(v_ring.stage, count, group);
+        start_sum(out, weights, v_ring.stage);
+        products_wait<0>();
+        settle(out);
+        release(&m_.v_empty[v_ring.stage]);
+        v_ring.next();
+      }
+      write(tile, group, out, top, sum);
+    }
+  }
+
+  DEVICE void pass_turn(int group) { named_arrive(kTurn + (group + 1) % Shape::kConsumers, 256); }
+
+  DEVICE void start_scores(float (&scores)[kKeys / 2], int group, int stage) {
+    const uint32_t q = shared_address(m_.q), k = shared_address(m_.k[stage]);
+    products_begin();
+#pragma unroll
+    for (int channel = 0; channel < D; channel += 16) {
+      Product<T, kKeys>::mma(scores, by_channels(q, kQueries, group * 64, channel), by_channels(k, kKeys, 0, channel),
+                             channel > 0);
+    }
+    products_commit();
+  }
+
+  DEVICE void start_sum(float (&out)[D / 2], const uint32_t (&weights)[kKeys / 16][4], int stage) {
+    const uint32_t v = shared_address(m_.v[stage]);
+    products_begin();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) Product<T, D>::mma(out, weights[i], by_rows(v, kKeys, 16 * i));
+    products_commit();
+  }
+
+  // Every warp says so for itself, to all blocks that copy here.
+  DEVICE void release(uint64_t* empty) {
+    const int lane = thread_index() % 32;
+    if (kCluster > 1) {
+      if (lane < kCluster) barrier_arrive(empty, lane);
+    } else {
+      if (lane == 0) barrier_arrive(empty);
+    }
+  }
+
+  // Scores of `count` keys become weights e^(scale · score − scale · top); what was summed under an older `top` has to
+  // be multiplied by `shrink`. Of the two rows that a thread has a part of.
+  DEVICE void exponentiate(float (&scores)[kKeys / 2], int count, float (&top)[2], float (&sum)[2], float (&shrink)[2]) {
+    if (count < kKeys) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        if (column_of(thread_index(), i) >= count) scores[i] = -INFINITY;
+      }
+    }
+    const float scale = p_.scale * 1.44269504088896340736f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float found = top[half];
+#pragma unroll
+      for (int i = 2 * half; i < kKeys / 2; i += 4) found = fmaxf(found, fmaxf(scores[i], scores[i + 1]));
+      found = fmaxf(found, exchange(found, 1));
+      found = fmaxf(found, exchange(found, 2));
+      const float base = found == -INFINITY ? 0.f : found * scale;  // −∞ − −∞ would be NaN
+      shrink[half] = exp2_fast(top[half] * scale - base);
+      top[half] = found;
+      float added = 0.f;
+#pragma unroll
+      for (int i = 2 * half; i < kKeys / 2; i += 4) {
+        scores[i] = exp2_fast(scores[i] * scale - base);
+        scores[i + 1] = exp2_fast(scores[i + 1] * scale - base);
+        added += scores[i] + scores[i + 1];
+      }
+      sum[half] = sum[half] * shrink[half] + added;
+    }
+  }
+
+  // What a thread holds of a product is what it has to hold of the next one's first factor.
+  DEVICE static void pack(uint32_t (&weights)[kKeys / 16][4], const float (&scores)[kKeys / 2]) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) weights[i / 4][i % 4] = packed(T{}, scores[2 * i], scores[2 * i + 1]);
+  }
+
+  DEVICE void zero_values(int stage, int count, int group) {
+    constexpr int kPieces = D / kChannels;
+    for (int i = thread_index() % 128; i < (kKeys - count) * kPieces; i += 128) {
+      store_zeros(m_.v[stage] + swizzled(kKeys, count + i / kPieces, i % kPieces * kChannels));
+    }
+    fence_async();
+    named_sync(kZeroed + group, 128);
+  }
+
+  DEVICE void write(const Tile& tile, int group, const float (&out)[D / 2], const float (&top)[2], const float (&sum)[2]) {
+    const int thread = thread_index() % 128, end = Run{run_of(tile)}.end();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float total = sum[half] + exchange(sum[half], 1);
+      total += exchange(total, 2);
+      const int query = tile.first + group * 64 + row_of(thread, 2 * half);
+      if (query >= end) continue;
+      const bool blind = total == 0.f;
+      const float inverse = blind ? 0.f : 1.f / total;
+      T* to = static_cast<T*>(p_.out) + (int64_t(query) * p_.heads + tile.head) * D;
+#pragma unroll
+      for (int i = 2 * half; i < D / 2; i += 4) {
+        *reinterpret_cast<uint32_t*>(to + column_of(thread, i)) = packed(T{}, out[i] * inverse, out[i + 1] * inverse);
+      }
+      if (thread % 4 == 0) {
+        p_.lse[int64_t(tile.head) * p_.q_rows + query] = blind ? -INFINITY : top[half] * p_.scale + logf(total);
+      }
+    }
+  }
+
+  Memory& m_;
+  const ForwardParams& p_;
+  const TensorMap &q_, &k_, &v_;
+  const int rank_;
+};
+
+}  // namespace lct::sm90

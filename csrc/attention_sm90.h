@@ -79,16 +79,18 @@ HD uint64_t descriptor(uint32_t address, int between_spans, int between_eights) 
   return units(address) | units(between_spans) << 16 | units(between_eights) << 32 | uint64_t(1) << 62;
 }
 
-// Of a matrix whose rows are [row, …) and columns [channel, channel + 16): rows of queries or keys, as one of the two
-// factors whose columns are summed over.
-HD uint64_t by_channels(uint32_t matrix, int rows, int row, int channel) {
-  return descriptor(matrix + channel / kSpan * rows * kRowBytes + row * kRowBytes + channel % kSpan * 2, 0, 8 * kRowBytes);
+// The same so many bytes further on; nothing carries, because all of shared memory is below 2^18.
+HD uint64_t further(uint64_t descriptor, int bytes) { return descriptor + uint64_t(bytes >> 4); }
+
+// A matrix as one of two factors whose channels are summed over, from a row of it on; and its channels [channel, + 16).
+HD uint64_t by_channels(uint32_t matrix, int row) { return descriptor(matrix + row * kRowBytes, 0, 8 * kRowBytes); }
+HD uint64_t at_channel(uint64_t matrix, int rows, int channel) {
+  return further(matrix, channel / kSpan * rows * kRowBytes + channel % kSpan * 2);
 }
 
-// Of a matrix whose rows [row, row + 16) are summed over, with all its channels.
-HD uint64_t by_rows(uint32_t matrix, int rows, int row) {
-  return descriptor(matrix + row * kRowBytes, rows * kRowBytes, 8 * kRowBytes);
-}
+// A matrix of `rows` as the second factor of a product that sums over them; and its rows [row, + 16).
+HD uint64_t by_rows(uint32_t matrix, int rows) { return descriptor(matrix, rows * kRowBytes, 8 * kRowBytes); }
+HD uint64_t at_row(uint64_t matrix, int row) { return further(matrix, row * kRowBytes); }
 
 // Element i of the N / 2 that a thread of a warpgroup holds of a product [64, N].
 HD int row_of(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }

@@ -54,9 +54,9 @@ class Forward {
   DEVICE void run() {
     if (thread_index() == 0) init();
     kCluster > 1 ? cluster_sync() : block_sync();
-    const int group = thread_index() / 128;
+    const int group = warpgroup_index();
     if (group == 0) {
-      fewer_registers<24>();
+      fewer_registers<32>();
       if (thread_index() == 0) produce();
     } else {
       more_registers<240>();
@@ -197,21 +197,20 @@ class Forward {
   DEVICE void pass_turn(int group) { named_arrive(kTurn + (group + 1) % Shape::kConsumers, 256); }
 
   DEVICE void start_scores(float (&scores)[kKeys / 2], int group, int stage) {
-    const uint32_t q = shared_address(m_.q), k = shared_address(m_.k[stage]);
+    const uint64_t q = by_channels(shared_address(m_.q), group * 64), k = by_channels(shared_address(m_.k[stage]), 0);
     products_begin();
 #pragma unroll
     for (int channel = 0; channel < D; channel += 16) {
-      Product<T, kKeys>::mma(scores, by_channels(q, kQueries, group * 64, channel), by_channels(k, kKeys, 0, channel),
-                             channel > 0);
+      Product<T, kKeys>::mma(scores, at_channel(q, kQueries, channel), at_channel(k, kKeys, channel), channel > 0);
     }
     products_commit();
   }
 
   DEVICE void start_sum(float (&out)[D / 2], const uint32_t (&weights)[kKeys / 16][4], int stage) {
-    const uint32_t v = shared_address(m_.v[stage]);
+    const uint64_t v = by_rows(shared_address(m_.v[stage]), kKeys);
     products_begin();
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) Product<T, D>::mma(out, weights[i], by_rows(v, kKeys, 16 * i));
+    for (int i = 0; i < kKeys / 16; ++i) Product<T, D>::mma(out, weights[i], at_row(v, 16 * i));
     products_commit();
   }
 
@@ -264,7 +263,7 @@ class Forward {
 
   DEVICE void zero_values(int stage, int count, int group) {
     constexpr int kPieces = D / kChannels;
-    for (int i = thread_index() % 128; i < (kKeys - count) * kPieces; i += 128) {
+    for (int i = thread_index_anew() % 128; i < (kKeys - count) * kPieces; i += 128) {
       store_zeros(m_.v[stage] + swizzled(kKeys, count + i / kPieces, i % kPieces * kChannels));
     }
     fence_async();

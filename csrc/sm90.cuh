@@ -18,6 +18,16 @@ using TensorMap = CUtensorMap;
 
 DEVICE int thread_index() { return int(threadIdx.x); }
 
+// Asked for again each time: what follows from it takes no registers elsewhere.
+DEVICE int thread_index_anew() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// The same in all threads of a warp, as the compiler then knows.
+DEVICE int warpgroup_index() { return __shfl_sync(~0u, int(threadIdx.x) / 128, 0); }
+
 DEVICE int block_index() { return int(blockIdx.x); }
 
 DEVICE int block_count() { return int(gridDim.x); }

@@ -410,6 +410,8 @@ inline uint32_t address_of(const void* pointer) {
 // -- where a thread is -------------------------------------------------------------------------------------------------
 
 inline int thread_index() { return emulated::self().index; }
+inline int thread_index_anew() { return thread_index(); }
+inline int warpgroup_index() { return thread_index() / 128; }
 inline int block_index() { return emulated::self().block->index; }
 inline int block_count() { return emulated::now().blocks(); }
 inline int block_in_cluster() { return emulated::self().block->rank; }

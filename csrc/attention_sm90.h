@@ -38,10 +38,13 @@ HD Tile tile_at(const int32_t* table, int runs, int width, int heads, int size, 
   return {-1, 0, 0};
 }
 
-// The key tiles that a run sees, of `size` keys but for the last of each interval.
+// The key tiles that a run of the table sees, of `size` keys but for the last of each interval.
 class KeyTiles {
  public:
-  HD KeyTiles(const int32_t* run, int width, int size) : at_(run + 2), end_(run + width), size_(size) { open(); }
+  HD KeyTiles(const int32_t* table, int run, int width, int size)
+      : table_(table), size_(size), at_(run * width + 2), end_((run + 1) * width) {
+    open();
+  }
   HD bool more() const { return at_ < end_; }
   HD int first() const { return first_; }
   HD int count() const { return last_ - first_ < size_ ? last_ - first_ : size_; }
@@ -56,14 +59,15 @@ class KeyTiles {
  private:
   HD void open() {
     for (; at_ < end_; at_ += 2) {
-      first_ = at_[0];
-      last_ = at_[1];
+      first_ = table_[at_];
+      last_ = table_[at_ + 1];
       if (first_ < last_) return;
     }
   }
 
-  const int32_t *at_, *end_;
-  int size_, first_ = 0, last_ = 0;
+  const int32_t* const table_;
+  const int size_;
+  int at_, end_, first_ = 0, last_ = 0;
 };
 
 // Byte offset of (row, channel) in a matrix of half numbers as a copy with 128-byte swizzle writes it: span behind span,

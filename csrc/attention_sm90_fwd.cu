@@ -10,7 +10,7 @@ namespace sm90 {
 namespace {
 
 template <class T, int D, int kCluster>
-__global__ void __launch_bounds__(ForwardShape<D>::kThreads, 1)
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(ForwardShape<D>::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ TensorMap q,
                    const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v) {
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -54,17 +54,7 @@ const char* launch(const AttentionForward& given, const ForwardParams& params, i
       !describe(&v, given.v, z.k_rows, z.kv_heads, D, kIsBFloat, kBox))
     return "the driver does not describe tensors of these sizes and strides for bulk copies";
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, params, q, k, v);
+  kernel<<<blocks, Shape::kThreads, kBytes, stream>>>(params, q, k, v);
   return launch_error();
 }
 

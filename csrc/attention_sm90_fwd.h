@@ -20,24 +20,13 @@
 
 namespace lct::sm90 {
 
-// Where a ring of kStages stands: the stage, and the parity of its barriers' current phase.
-template <int kStages>
-struct Ring {
-  int stage = 0, parity = 0;
-  DEVICE void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class T, int D, int kCluster>
 class Forward {
   using Shape = ForwardShape<D>;
   static constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
   static constexpr int kCopied = kKeys / kCluster;  // rows of a key tile that this block copies
   static_assert(kCopied % 8 == 0 && kKeys % 16 == 0, "the swizzle repeats every 8 rows, products sum over 16");
+  static_assert((kStages & (kStages - 1)) == 0, "steps may overflow");
 
  public:
   struct alignas(1024) Memory {
@@ -49,7 +38,7 @@ class Forward {
   };
 
   DEVICE Forward(Memory& memory, const ForwardParams& params, const TensorMap& q, const TensorMap& k, const TensorMap& v)
-      : m_(memory), p_(params), q_(q), k_(k), v_(v), rank_(kCluster > 1 ? block_in_cluster() : 0) {}
+      : m_(memory), p_(params), q_(q), k_(k), v_(v) {}
 
   DEVICE void run() {
     if (thread_index() == 0) init();
@@ -58,15 +47,21 @@ class Forward {
     if (group == 0) {
       fewer_registers<32>();
       if (thread_index() == 0) produce();
+      leave();
     } else {
       more_registers<240>();
       consume(group - 1);
+      leave();  // not behind both: ptxas gives each branch its own registers only where it ends
     }
-    if (kCluster > 1) cluster_sync();  // the other block may still arrive at barriers of this one
   }
 
  private:
   enum Named { kTurn = 1, kZeroed = kTurn + Shape::kConsumers };  // 0 is the whole block's
+
+  // The other block of a cluster may yet arrive at barriers of this one.
+  DEVICE void leave() {
+    if (kCluster > 1) cluster_sync();
+  }
 
   DEVICE void init() {
     const int warps = Shape::kConsumers * kWarps;
@@ -81,29 +76,34 @@ class Forward {
     fence_barriers();
   }
 
+  // Step n of a ring of stages: which one, and the parity of its barriers' phase.
+  DEVICE static int stage_of(int step) { return step % kStages; }
+  DEVICE static int parity_of(int step) { return step / kStages % 2; }
+
   // The tile that this block computes in its round `index`; in a cluster the second block's may lie behind the run.
   DEVICE Tile tile(int round) const {
     const int64_t index = int64_t(round) * (block_count() / kCluster) + block_index() / kCluster;
     Tile tile = tile_at(p_.table, p_.runs, p_.width, p_.heads, kQueries * kCluster, index);
-    tile.first += rank_ * kQueries;
+    tile.first += rank() * kQueries;
     return tile;
   }
 
+  DEVICE static int rank() { return block_index() % kCluster; }  // in its cluster
   DEVICE const int32_t* run_of(const Tile& tile) const { return p_.table + int64_t(tile.run) * p_.width; }
 
   // -- the producer ----------------------------------------------------------------------------------------------------
 
   DEVICE void produce() {
     prefetch(&q_), prefetch(&k_), prefetch(&v_);
-    Ring<kStages> ring;
-    int parity = 0;
+    int step = 0, parity = 0;
     for (int round = 0;; ++round) {
       const Tile tile = this->tile(round);
       if (tile.run < 0) return;
       const int kv_head = tile.head / p_.group;
-      KeyTiles keys(run_of(tile), p_.width, kKeys);
-      for (bool first = true; keys.more(); keys.next(), ring.next(), first = false) {
-        copy_stage(m_.k[ring.stage], k_, &m_.k_full[ring.stage], &m_.k_empty[ring.stage], ring.parity, kv_head, keys);
+      KeyTiles keys(p_.table, tile.run, p_.width, kKeys);
+      for (bool first = true; keys.more(); keys.next(), ++step, first = false) {
+        const int stage = stage_of(step);
+        copy_stage(m_.k[stage], k_, &m_.k_full[stage], &m_.k_empty[stage], step, kv_head, keys);
         if (first) {  // the keys behind which it comes were free before it was
           barrier_wait(&m_.q_empty, parity ^ 1);
           barrier_expect(&m_.q_full, sizeof m_.q);
@@ -112,16 +112,16 @@ class Forward {
           }
           parity ^= 1;
         }
-        copy_stage(m_.v[ring.stage], v_, &m_.v_full[ring.stage], &m_.v_empty[ring.stage], ring.parity, kv_head, keys);
+        copy_stage(m_.v[stage], v_, &m_.v_full[stage], &m_.v_empty[stage], step, kv_head, keys);
       }
     }
   }
 
-  DEVICE void copy_stage(uint8_t* to, const TensorMap& map, uint64_t* full, uint64_t* empty, int parity, int head,
+  DEVICE void copy_stage(uint8_t* to, const TensorMap& map, uint64_t* full, uint64_t* empty, int step, int head,
                          const KeyTiles& keys) {
-    kCluster > 1 ? barrier_wait_cluster(empty, parity ^ 1) : barrier_wait(empty, parity ^ 1);
+    barrier_wait(empty, parity_of(step) ^ 1);
     barrier_expect(full, kKeys * D * 2);
-    const int row = rank_ * kCopied;
+    const int row = rank() * kCopied;
     for (int span = 0; span < D / kSpan; ++span) {
       uint8_t* there = to + (span * kKeys + row) * kRowBytes;
       if (kCluster > 1)
@@ -134,14 +134,12 @@ class Forward {
   // -- the consumers ---------------------------------------------------------------------------------------------------
 
   DEVICE void consume(int group) {
-    const int thread = thread_index() % 128;
-    Ring<kStages> k_ring, v_ring;
-    int parity = 0;
+    int step = 0, parity = 0;
     if (group == 1) pass_turn(group);  // the first turn is group 0's
     for (int round = 0;; ++round) {
       const Tile tile = this->tile(round);
       if (tile.run < 0) return;
-      KeyTiles keys(run_of(tile), p_.width, kKeys);
+      KeyTiles keys(p_.table, tile.run, p_.width, kKeys);
       float out[D / 2], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) out[i] = 0.f;
@@ -149,46 +147,39 @@ class Forward {
         float scores[kKeys / 2], shrink[2];
         uint32_t weights[kKeys / 16][4];
         barrier_wait(&m_.q_full, parity);
-        barrier_wait(&m_.k_full[k_ring.stage], k_ring.parity);
-        start_scores(scores, group, k_ring.stage);
+        start_scores(scores, group, step);
         products_wait<0>();
         settle(scores);
-        release(&m_.k_empty[k_ring.stage]);
-        k_ring.next();
+        release(&m_.k_empty[stage_of(step)]);
         int count = keys.count();
         exponentiate(scores, count, top, sum, shrink);
         pack(weights, scores);
-        for (keys.next(); keys.more(); keys.next()) {
-          barrier_wait(&m_.k_full[k_ring.stage], k_ring.parity);
+        for (keys.next(); keys.more(); keys.next()) {  // here `step` is that of the weights, one behind the scores'
           named_sync(kTurn + group, 256);
-          start_scores(scores, group, k_ring.stage);
-          barrier_wait(&m_.v_full[v_ring.stage], v_ring.parity);
-          if (count < kKeys) zero_values(v_ring.stage, count, group);
-          start_sum(out, weights, v_ring.stage);
+          start_scores(scores, group, step + 1);
+          start_sum(out, weights, count, group, step);
           pass_turn(group);
           products_wait<1>();
           settle(scores);
-          release(&m_.k_empty[k_ring.stage]);
-          k_ring.next();
+          release(&m_.k_empty[stage_of(step + 1)]);
           count = keys.count();
           exponentiate(scores, count, top, sum, shrink);
+          finish_before(sum[0] + sum[1]);
           products_wait<0>();
           settle(out);
-          release(&m_.v_empty[v_ring.stage]);
-          v_ring.next();
+          release(&m_.v_empty[stage_of(step)]);
+          ++step;
 #pragma unroll
           for (int i = 0; i < D / 2; ++i) out[i] *= shrink[i / 2 % 2];
           pack(weights, scores);
         }
-        if (thread % 32 == 0) barrier_arrive(&m_.q_empty);
+        if (thread_index() % 32 == 0) barrier_arrive(&m_.q_empty);
         parity ^= 1;
-        barrier_wait(&m_.v_full[v_ring.stage], v_ring.parity);
-        if (count < kKeys) zero_values(v_ring.stage, count, group);
-        start_sum(out, weights, v_ring.stage);
+        start_sum(out, weights, count, group, step);
         products_wait<0>();
         settle(out);
-        release(&m_.v_empty[v_ring.stage]);
-        v_ring.next();
+        release(&m_.v_empty[stage_of(step)]);
+        ++step;
       }
       write(tile, group, out, top, sum);
     }
@@ -196,7 +187,9 @@ class Forward {
 
   DEVICE void pass_turn(int group) { named_arrive(kTurn + (group + 1) % Shape::kConsumers, 256); }
 
-  DEVICE void start_scores(float (&scores)[kKeys / 2], int group, int stage) {
+  DEVICE void start_scores(float (&scores)[kKeys / 2], int group, int step) {
+    const int stage = stage_of(step);
+    barrier_wait(&m_.k_full[stage], parity_of(step));
     const uint64_t q = by_channels(shared_address(m_.q), group * 64), k = by_channels(shared_address(m_.k[stage]), 0);
     products_begin();
 #pragma unroll
@@ -206,7 +199,10 @@ class Forward {
     products_commit();
   }
 
-  DEVICE void start_sum(float (&out)[D / 2], const uint32_t (&weights)[kKeys / 16][4], int stage) {
+  DEVICE void start_sum(float (&out)[D / 2], const uint32_t (&weights)[kKeys / 16][4], int count, int group, int step) {
+    const int stage = stage_of(step);
+    barrier_wait(&m_.v_full[stage], parity_of(step));
+    if (count < kKeys) zero_values(stage, count, group);
     const uint64_t v = by_rows(shared_address(m_.v[stage]), kKeys);
     products_begin();
 #pragma unroll
@@ -294,7 +290,6 @@ class Forward {
   Memory& m_;
   const ForwardParams& p_;
   const TensorMap &q_, &k_, &v_;
-  const int rank_;
 };
 
 }  // namespace lct::sm90

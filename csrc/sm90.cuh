@@ -55,7 +55,7 @@ DEVICE void barrier_arrive(uint64_t* barrier) {
 DEVICE void barrier_arrive(uint64_t* barrier, int block) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
       "r"(block)
       : "memory");
 }
@@ -69,25 +69,9 @@ DEVICE void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// The same where threads of other blocks arrive too.
-DEVICE void barrier_wait_cluster(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}\n" ::"r"(
-          shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
 DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 DEVICE void block_sync() { __syncthreads(); }
-
-DEVICE int block_in_cluster() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return int(rank);
-}
 
 DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -180,6 +164,12 @@ template <int kCount>
 DEVICE void settle(float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+// ptxas moves arithmetic behind a wait that stands after it, where nothing of it is needed before: x, a sum of what is
+// not negative, is. A vote, because a branch that threads may take apart costs the registers that a warp shares.
+DEVICE void finish_before(float x) {
+  if (__any_sync(~0u, x < 0.f)) asm volatile("trap;");
 }
 
 // d [64, N] += a b over 16 columns of a. A thread holds N / 2 elements of d (see `row_of`, `column_of`).

@@ -91,6 +91,7 @@ struct Named {
 
 struct Block {
   int index, rank;
+  int running;  // threads
   std::vector<uint8_t> memory;
   std::vector<int> unfenced;  // of every 16 bytes: the thread that stored there and has not fenced, plus one
   std::vector<Thread> threads;
@@ -166,6 +167,7 @@ class Machine {
   }
 
   void arrive(Block& block, uint32_t address) {
+    if (!block.running) fail("a thread arrives at a barrier of a block that has ended");
     Barrier& b = barrier(block, address);
     if (!b.arrivals) fail("more threads arrive at a barrier than it was initialised with");
     b.arrivals -= 1;
@@ -284,6 +286,7 @@ class Machine {
       if (machine->error_.empty()) machine->error_ = error.what();
     }
     t.done = true;
+    t.block->running -= 1;
     swapcontext(&t.context, &machine->scheduler_);
   }
 
@@ -337,6 +340,7 @@ inline void Machine::run(int blocks, int cluster, int threads, size_t bytes,
     block.cluster_barrier = &clusters_[i / cluster];
     for (int other = 0; other < cluster; ++other) block.cluster.push_back(&blocks_[i / cluster * cluster + other]);
     block.threads.resize(threads);
+    block.running = threads;
     for (int index = 0; index < threads; ++index) {
       Thread& t = block.threads[index];
       t.block = &block;
@@ -414,7 +418,6 @@ inline int thread_index_anew() { return thread_index(); }
 inline int warpgroup_index() { return thread_index() / 128; }
 inline int block_index() { return emulated::self().block->index; }
 inline int block_count() { return emulated::now().blocks(); }
-inline int block_in_cluster() { return emulated::self().block->rank; }
 inline uint32_t shared_address(const void* pointer) { return emulated::address_of(pointer); }
 
 // -- barriers ----------------------------------------------------------------------------------------------------------
@@ -449,8 +452,6 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   const uint32_t address = shared_address(barrier);
   m.wait("a barrier", [&m, &block, address, parity] { return m.barrier(block, address).parity != parity; });
 }
-
-inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
 
 inline void fence_barriers() {}
 
@@ -500,7 +501,7 @@ inline void copy_box(void* to, const TensorMap* map, uint64_t* barrier, int chan
 }
 
 inline void copy_box(void* to, const TensorMap* map, uint64_t* barrier, int channel, int head, int row) {
-  copy_box(to, map, barrier, channel, head, row, 1 << block_in_cluster());
+  copy_box(to, map, barrier, channel, head, row, 1 << emulated::self().block->rank);
 }
 
 inline void prefetch(const TensorMap*) {}
@@ -556,6 +557,10 @@ inline void products_wait() {
 
 template <class X>
 inline void settle(X&) {}
+
+inline void finish_before(float x) {
+  if (x < 0.f) emulated::fail("what stands before a wait is negative");
+}
 
 template <class T>
 constexpr bool kIsBFloat = false;

@@ -14,40 +14,6 @@ constexpr int kBackwardTiles = 2;
 constexpr int kBlock = 128;        // rows of the other side that are looked at together
 constexpr int kMaxDim = 256;
 
-// A table of runs (see lct/plan.py): row i is (start, end, lo_0, hi_0, lo_1, hi_1, …), and empty beyond what there is.
-struct RunTable {
-  const int32_t* data;
-  int runs;
-  int width;
-
-  // Always inlined, as everything that the tiles' file calls must be.
-  __attribute__((always_inline)) const int32_t* operator[](int run) const { return data + int64_t(run) * width; }
-  __attribute__((always_inline)) int intervals() const { return (width - 2) / 2; }
-};
-
-struct AttentionSizes {
-  int64_t q_rows, k_rows;  // S, S_kv
-  int heads, kv_heads;     // A, A_kv
-  int dim;                 // D
-  float scale;
-};
-
-struct AttentionForward {
-  AttentionSizes sizes;
-  RunTable runs;  // query rows and the key intervals that they see
-  Rows q, k, v, out;
-  float* lse;  // [A, S]
-};
-
-struct AttentionBackward {
-  AttentionSizes sizes;
-  RunTable runs;      // as in the forward
-  RunTable key_runs;  // the transpose: key rows and the query intervals that see them
-  Rows dout, q, k, v, out, dq, dk, dv;
-  const float* lse;   // [A, S]
-  const float* dlse;  // [A, S]
-};
-
 // Where some key rows add their gradient of the queries that see them, from row `first` on, heads of a group. On a
 // boundary of 64 bytes, its strides too, with room for whole vectors of channels.
 struct PartialDq {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common.cuh"
+#include "params.h"
 
 namespace lct::sm90 {
 
@@ -12,27 +13,20 @@ constexpr int kRowBytes = 128;  // of shared memory: 64 channels of a half type,
 constexpr int kSpan = 64;       // channels
 constexpr int kWarps = 4;       // of a warpgroup
 
-// A run of a plan's table (see lct/plan.py): query rows [start, end), then intervals of keys.
-struct Run {
-  const int32_t* row;
-  HD int start() const { return row[0]; }
-  HD int end() const { return row[1]; }
-};
-
 struct Tile {
-  int run;   // row of the table; -1: there are no more
+  int run;    // row of the table; -1: there are no more
   int first;  // row of queries
   int head;
 };
 
 // Tile `index`, of `size` queries: run by run as the table has them, those that see most first; within a run head by
 // head, so that blocks that run together read the same keys and values.
-HD Tile tile_at(const int32_t* table, int runs, int width, int heads, int size, int64_t index) {
-  for (int r = 0; r < runs; ++r) {
-    const Run run{table + int64_t(r) * width};
-    const int tiles = (run.end() - run.start() + size - 1) / size;
+HD Tile tile_at(const RunTable& table, int heads, int size, int64_t index) {
+  for (int run = 0; run < table.runs; ++run) {
+    const int32_t* row = table.data + int64_t(run) * table.width;
+    const int start = row[0], tiles = (row[1] - start + size - 1) / size;
     const int64_t all = int64_t(tiles) * heads;
-    if (index < all) return {r, run.start() + int(index % tiles) * size, int(index / tiles)};
+    if (index < all) return {run, start + int(index % tiles) * size, int(index / tiles)};
     index -= all;
   }
   return {-1, 0, 0};
@@ -41,8 +35,8 @@ HD Tile tile_at(const int32_t* table, int runs, int width, int heads, int size, 
 // The key tiles that a run of the table sees, of `size` keys but for the last of each interval.
 class KeyTiles {
  public:
-  HD KeyTiles(const int32_t* table, int run, int width, int size)
-      : table_(table), size_(size), at_(run * width + 2), end_((run + 1) * width) {
+  HD KeyTiles(const RunTable& table, int run, int size)
+      : table_(table.data), size_(size), at_(run * table.width + 2), end_((run + 1) * table.width) {
     open();
   }
   HD bool more() const { return at_ < end_; }
@@ -108,16 +102,6 @@ struct ForwardShape {
   static constexpr int kKeys = D == 128 ? 176 : 128;
   static constexpr int kStages = D == 128 ? 2 : 4;  // of keys, and of values
   static constexpr int kThreads = 128 * (1 + kConsumers);
-};
-
-struct ForwardParams {
-  const int32_t* table;  // of a plan: [runs, width], on the device
-  int runs, width;
-  int heads, group;  // A; heads of queries that share a head of keys, A / A_kv
-  int64_t q_rows;    // S
-  float scale;       // above 0
-  void* out;         // [S, A, D]
-  float* lse;        // [A, S]
 };
 
 }  // namespace lct::sm90

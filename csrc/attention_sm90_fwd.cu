@@ -3,15 +3,13 @@
 
 #include <algorithm>
 
-#include "attention_cuda.h"
-
 namespace lct {
 namespace sm90 {
 namespace {
 
 template <class T, int D, int kCluster>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(ForwardShape<D>::kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ TensorMap q,
+    forward_kernel(const __grid_constant__ AttentionForward p, const __grid_constant__ TensorMap q,
                    const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v) {
   extern __shared__ __align__(1024) uint8_t memory[];
   using Body = Forward<T, D, kCluster>;
@@ -42,35 +40,32 @@ bool describe(TensorMap* map, const Rows& x, int64_t rows, int heads, int dim, b
 }
 
 template <class T, int D, int kCluster>
-const char* launch(const AttentionForward& given, const ForwardParams& params, int blocks, cudaStream_t stream) {
+const char* launch(const AttentionForward& p, int blocks, cudaStream_t stream) {
   using Shape = ForwardShape<D>;
-  const AttentionSizes& z = given.sizes;
+  const AttentionSizes& z = p.sizes;
   const auto kernel = forward_kernel<T, D, kCluster>;
   constexpr int kBytes = sizeof(typename Forward<T, D, kCluster>::Memory), kBox = Shape::kKeys / kCluster;
   constexpr bool kIsBFloat = std::is_same_v<T, BFloat>;
   TensorMap q, k, v;
-  if (!describe(&q, given.q, z.q_rows, z.heads, D, kIsBFloat, Shape::kQueries) ||
-      !describe(&k, given.k, z.k_rows, z.kv_heads, D, kIsBFloat, kBox) ||
-      !describe(&v, given.v, z.k_rows, z.kv_heads, D, kIsBFloat, kBox))
+  if (!describe(&q, p.q, z.q_rows, z.heads, D, kIsBFloat, Shape::kQueries) ||
+      !describe(&k, p.k, z.k_rows, z.kv_heads, D, kIsBFloat, kBox) ||
+      !describe(&v, p.v, z.k_rows, z.kv_heads, D, kIsBFloat, kBox))
     return "the driver does not describe tensors of these sizes and strides for bulk copies";
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  kernel<<<blocks, Shape::kThreads, kBytes, stream>>>(params, q, k, v);
+  kernel<<<blocks, Shape::kThreads, kBytes, stream>>>(p, q, k, v);
   return launch_error();
 }
 
 template <class T, int D>
-const char* launch(const AttentionForward& given, bool pairs, cudaStream_t stream) {
-  const AttentionSizes& z = given.sizes;
+const char* launch(const AttentionForward& p, bool pairs, cudaStream_t stream) {
   int device, processors;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   // No more blocks than there can be tiles: tables are not read here, so that a captured launch serves any plan.
-  const int64_t queries = ForwardShape<D>::kQueries * (pairs ? 2 : 1);
-  const int64_t tiles = (z.q_rows / queries + given.runs.runs) * z.heads;
-  const int blocks = int(std::min<int64_t>(processors, tiles * (pairs ? 2 : 1))) / 2 * 2;
-  const ForwardParams params{given.runs.data, given.runs.runs,       given.runs.width, z.heads,
-                             z.heads / z.kv_heads, z.q_rows, z.scale, given.out.data,   given.lse};
-  return pairs ? launch<T, D, 2>(given, params, blocks, stream) : launch<T, D, 1>(given, params, blocks, stream);
+  const int together = pairs ? 2 : 1, queries = ForwardShape<D>::kQueries * together;
+  const int64_t tiles = (p.sizes.q_rows / queries + p.runs.runs) * p.sizes.heads;
+  const int blocks = int(std::min<int64_t>(processors / together, tiles)) * together;
+  return pairs ? launch<T, D, 2>(p, blocks, stream) : launch<T, D, 1>(p, blocks, stream);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ class Forward {
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   };
 
-  DEVICE Forward(Memory& memory, const ForwardParams& params, const TensorMap& q, const TensorMap& k, const TensorMap& v)
+  DEVICE Forward(Memory& memory, const AttentionForward& params, const TensorMap& q, const TensorMap& k, const TensorMap& v)
       : m_(memory), p_(params), q_(q), k_(k), v_(v) {}
 
   DEVICE void run() {
@@ -83,13 +83,12 @@ class Forward {
   // The tile that this block computes in its round `index`; in a cluster the second block's may lie behind the run.
   DEVICE Tile tile(int round) const {
     const int64_t index = int64_t(round) * (block_count() / kCluster) + block_index() / kCluster;
-    Tile tile = tile_at(p_.table, p_.runs, p_.width, p_.heads, kQueries * kCluster, index);
+    Tile tile = tile_at(p_.runs, p_.sizes.heads, kQueries * kCluster, index);
     tile.first += rank() * kQueries;
     return tile;
   }
 
   DEVICE static int rank() { return block_index() % kCluster; }  // in its cluster
-  DEVICE const int32_t* run_of(const Tile& tile) const { return p_.table + int64_t(tile.run) * p_.width; }
 
   // -- the producer ----------------------------------------------------------------------------------------------------
 
@@ -99,8 +98,8 @@ class Forward {
     for (int round = 0;; ++round) {
       const Tile tile = this->tile(round);
       if (tile.run < 0) return;
-      const int kv_head = tile.head / p_.group;
-      KeyTiles keys(p_.table, tile.run, p_.width, kKeys);
+      const int kv_head = tile.head / (p_.sizes.heads / p_.sizes.kv_heads);
+      KeyTiles keys(p_.runs, tile.run, kKeys);
       for (bool first = true; keys.more(); keys.next(), ++step, first = false) {
         const int stage = stage_of(step);
         copy_stage(m_.k[stage], k_, &m_.k_full[stage], &m_.k_empty[stage], step, kv_head, keys);
@@ -139,7 +138,7 @@ class Forward {
     for (int round = 0;; ++round) {
       const Tile tile = this->tile(round);
       if (tile.run < 0) return;
-      KeyTiles keys(p_.table, tile.run, p_.width, kKeys);
+      KeyTiles keys(p_.runs, tile.run, kKeys);
       float out[D / 2], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) out[i] = 0.f;
@@ -229,7 +228,7 @@ class Forward {
         if (column_of(thread_index(), i) >= count) scores[i] = -INFINITY;
       }
     }
-    const float scale = p_.scale * 1.44269504088896340736f;
+    const float scale = p_.sizes.scale * 1.44269504088896340736f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float found = top[half];
@@ -267,28 +266,33 @@ class Forward {
   }
 
   DEVICE void write(const Tile& tile, int group, const float (&out)[D / 2], const float (&top)[2], const float (&sum)[2]) {
-    const int thread = thread_index() % 128, end = Run{run_of(tile)}.end();
+    const int thread = thread_index() % 128, end = p_.runs.data[tile.run * p_.runs.width + 1];
+    float total[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float total = sum[half] + exchange(sum[half], 1);
-      total += exchange(total, 2);
+      total[half] = sum[half] + exchange(sum[half], 1);
+      total[half] += exchange(total[half], 2);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       const int query = tile.first + group * 64 + row_of(thread, 2 * half);
       if (query >= end) continue;
-      const bool blind = total == 0.f;
-      const float inverse = blind ? 0.f : 1.f / total;
-      T* to = static_cast<T*>(p_.out) + (int64_t(query) * p_.heads + tile.head) * D;
+      const bool blind = total[half] == 0.f;
+      const float inverse = blind ? 0.f : 1.f / total[half];
+      T* to = static_cast<T*>(p_.out.data) + query * p_.out.row + tile.head * p_.out.head;
 #pragma unroll
       for (int i = 2 * half; i < D / 2; i += 4) {
         *reinterpret_cast<uint32_t*>(to + column_of(thread, i)) = packed(T{}, out[i] * inverse, out[i + 1] * inverse);
       }
       if (thread % 4 == 0) {
-        p_.lse[int64_t(tile.head) * p_.q_rows + query] = blind ? -INFINITY : top[half] * p_.scale + logf(total);
+        p_.lse[tile.head * p_.sizes.q_rows + query] =
+            blind ? -INFINITY : top[half] * p_.sizes.scale + logf(total[half]);
       }
     }
   }
 
   Memory& m_;
-  const ForwardParams& p_;
+  const AttentionForward& p_;
   const TensorMap &q_, &k_, &v_;
 };
 

@@ -82,6 +82,40 @@ struct BackwardParams {
   float eps;
 };
 
+// A table of runs (see lct/plan.py): row i is (start, end, lo_0, hi_0, lo_1, hi_1, …), and empty beyond what there is.
+struct RunTable {
+  const int32_t* data;  // in the memory of the device that computes
+  int runs;
+  int width;
+
+  // Always inlined, as everything that the tiles' file calls must be.
+  __attribute__((always_inline)) const int32_t* operator[](int run) const { return data + int64_t(run) * width; }
+  __attribute__((always_inline)) int intervals() const { return (width - 2) / 2; }
+};
+
+struct AttentionSizes {
+  int64_t q_rows, k_rows;  // S, S_kv
+  int heads, kv_heads;     // A, A_kv
+  int dim;                 // D
+  float scale;
+};
+
+struct AttentionForward {
+  AttentionSizes sizes;
+  RunTable runs;  // query rows and the key intervals that they see
+  Rows q, k, v, out;
+  float* lse;  // [A, S]
+};
+
+struct AttentionBackward {
+  AttentionSizes sizes;
+  RunTable runs;      // as in the forward
+  RunTable key_runs;  // the transpose: key rows and the query intervals that see them
+  Rows dout, q, k, v, out, dq, dk, dv;
+  const float* lse;   // [A, S]
+  const float* dlse;  // [A, S]
+};
+
 // Each runs a whole operation on the CPU, on `threads` threads, or starts it on a GPU's stream; a GPU's return null or
 // what went wrong.
 void join_cpu(const JoinParams& params, DType dtype, int threads);
@@ -90,5 +124,7 @@ void backward_cpu(const BackwardParams& params, DType dtype, int threads);
 const char* join_cuda(const JoinParams& params, DType dtype, int device, void* stream);
 const char* assemble_cuda(const AssembleParams& params, DType dtype, int device, void* stream);
 const char* backward_cuda(const BackwardParams& params, DType dtype, int device, void* stream);
+// fp16 or bf16, D = 64 or 128, on Hopper alone. `pairs`: blocks by twos share the keys and values that they copy.
+const char* attention_forward_cuda(const AttentionForward& params, DType dtype, bool pairs, int device, void* stream);
 
 }  // namespace lct

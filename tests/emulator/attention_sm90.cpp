@@ -7,9 +7,7 @@ namespace lct::sm90 {
 namespace {
 
 struct Call {
-  const uint16_t *q, *k, *v;
-  int64_t q_rows, k_rows, heads, kv_heads, dim;
-  ForwardParams params;
+  AttentionForward params;
   int blocks;
   uint64_t seed;
 };
@@ -18,11 +16,13 @@ template <class T, int D, int kCluster>
 void forward(const Call& c) {
   using Kernel = Forward<T, D, kCluster>;
   using Shape = ForwardShape<D>;
-  const auto map = [&](const uint16_t* data, int64_t rows, int64_t heads, int box) {
-    return TensorMap{data, rows, heads, D, heads * D, D, box};
+  const auto map = [](const Rows& x, int64_t rows, int heads, int box) {
+    return TensorMap{static_cast<const uint16_t*>(x.data), rows, heads, D, x.row, x.head, box};
   };
-  const TensorMap q = map(c.q, c.q_rows, c.heads, Shape::kQueries), k = map(c.k, c.k_rows, c.kv_heads, Shape::kKeys / kCluster),
-                  v = map(c.v, c.k_rows, c.kv_heads, Shape::kKeys / kCluster);
+  const AttentionSizes& z = c.params.sizes;
+  constexpr int kBox = Shape::kKeys / kCluster;
+  const TensorMap q = map(c.params.q, z.q_rows, z.heads, Shape::kQueries),
+                  k = map(c.params.k, z.k_rows, z.kv_heads, kBox), v = map(c.params.v, z.k_rows, z.kv_heads, kBox);
   emulated::Machine machine(c.seed);
   machine.run(c.blocks, kCluster, Shape::kThreads, sizeof(typename Kernel::Memory), [&](uint8_t* memory) {
     Kernel(*reinterpret_cast<typename Kernel::Memory*>(memory), c.params, q, k, v).run();
@@ -31,7 +31,7 @@ void forward(const Call& c) {
 
 template <class T>
 void choose(const Call& c, int cluster) {
-  if (c.dim == 64) return cluster == 2 ? forward<T, 64, 2>(c) : forward<T, 64, 1>(c);
+  if (c.params.sizes.dim == 64) return cluster == 2 ? forward<T, 64, 2>(c) : forward<T, 64, 1>(c);
   return cluster == 2 ? forward<T, 128, 2>(c) : forward<T, 128, 1>(c);
 }
 
@@ -43,14 +43,17 @@ using namespace lct::sm90;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Null, or what went wrong. Tensors are dense and in CPU memory; `cluster` is 1 or 2 and divides `blocks`.
-EXPORT const char* forward_emulated(const uint16_t* q, const uint16_t* k, const uint16_t* v, const int32_t* table,
-                                    void* out, float* lse, int64_t q_rows, int64_t k_rows, int64_t heads,
-                                    int64_t kv_heads, int64_t dim, int64_t runs, int64_t width, double scale,
-                                    int64_t is_bfloat, int64_t blocks, int64_t cluster, int64_t seed) {
+EXPORT const char* forward_emulated(void* q, void* k, void* v, const int32_t* table, void* out, float* lse,
+                                    int64_t q_rows, int64_t k_rows, int64_t heads, int64_t kv_heads, int64_t dim,
+                                    int64_t runs, int64_t width, double scale, int64_t is_bfloat, int64_t blocks,
+                                    int64_t cluster, int64_t seed) {
   static std::string error;
-  const ForwardParams params{table,  int(runs), int(width), int(heads), int(heads / kv_heads), q_rows,
-                             float(scale), out,  lse};
-  const Call call{q, k, v, q_rows, k_rows, heads, kv_heads, dim, params, int(blocks), uint64_t(seed)};
+  const auto dense = [dim](void* data, int64_t of) { return lct::Rows{data, of * dim, dim}; };
+  const Call call{{{q_rows, k_rows, int(heads), int(kv_heads), int(dim), float(scale)},
+                   {table, int(runs), int(width)},
+                   dense(q, heads), dense(k, kv_heads), dense(v, kv_heads), dense(out, heads), lse},
+                  int(blocks),
+                  uint64_t(seed)};
   try {
     is_bfloat ? choose<lct::BFloat>(call, int(cluster)) : choose<lct::Half>(call, int(cluster));
   } catch (const std::exception& problem) {
@@ -62,7 +65,7 @@ EXPORT const char* forward_emulated(const uint16_t* q, const uint16_t* k, const 
 
 EXPORT void tile_of(const int32_t* table, int64_t runs, int64_t width, int64_t heads, int64_t size, int64_t index,
                     int64_t* found) {
-  const Tile tile = tile_at(table, int(runs), int(width), int(heads), int(size), index);
+  const Tile tile = tile_at({table, int(runs), int(width)}, int(heads), int(size), index);
   found[0] = tile.run, found[1] = tile.first, found[2] = tile.head;
 }
 

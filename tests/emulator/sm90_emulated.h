@@ -128,6 +128,11 @@ class Machine {
     if (stop_) throw Stopped{};
   }
 
+  // Others may run for a while.
+  void pause() {
+    if (chance(2)) wait("nothing", [left = int(random_() % 8)]() mutable { return left-- <= 0; });
+  }
+
   // All 32 lanes; the last one does `act`, then all go on.
   void gather(const char* what, const std::function<void()>& act = {}) {
     Thread& t = *current_;
@@ -440,10 +445,12 @@ inline void barrier_expect(uint64_t* barrier, int bytes) {
 
 inline void barrier_arrive(uint64_t* barrier) {
   emulated::now().arrive(*emulated::self().block, shared_address(barrier));
+  emulated::now().pause();
 }
 
 inline void barrier_arrive(uint64_t* barrier, int block) {
   emulated::now().arrive(*emulated::self().block->cluster.at(block), shared_address(barrier));
+  emulated::now().pause();
 }
 
 inline void barrier_wait(uint64_t* barrier, int parity) {
@@ -552,7 +559,10 @@ template <int kLeft>
 inline void products_wait() {
   auto& t = emulated::self();
   const int warp = t.index / 32;
-  emulated::now().gather("products", [block = t.block, warp] { emulated::now().compute(*block, warp, kLeft); });
+  emulated::now().gather("products", [block = t.block, warp] {
+    emulated::now().pause();
+    emulated::now().compute(*block, warp, kLeft);
+  });
 }
 
 template <class X>

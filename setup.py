@@ -19,7 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "csrc").iterdir())
-ARCHITECTURES = ("sm_80", "sm_90a")
+CUDA = {"csrc/norm_rope.cu": ("sm_80", "sm_90a"), "csrc/attention_sm90_fwd.cu": ("sm_90a",)}
+ARCHITECTURES = CUDA["csrc/norm_rope.cu"]
 OPTIMISED = ["-O3", "-std=c++17"]
 CONTRACTED = "-ffp-contract=fast"  # a product and a sum are one operation where the processor has it
 # Sources that are compiled once for each instruction set, with its options; the fastest is chosen when they run.
@@ -79,14 +80,20 @@ def nvcc() -> Path:
 def compile_cuda(folder: Path) -> tuple[str, list[str]]:
     """The compiler's version, and what to link."""
     found = nvcc()
-    target = folder / "norm_rope.o"
-    each = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
-    run(str(found), *OPTIMISED, "-Xcompiler=-fPIC", "-lineinfo", *each, "-c", "csrc/norm_rope.cu", "-o", str(target))
+
+    def compile_source(source: str) -> str:
+        target = str(folder / f"{Path(source).stem}.o")
+        each = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in CUDA[source]]
+        run(str(found), *OPTIMISED, "-Xcompiler=-fPIC", "-lineinfo", *each, "-c", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_source, CUDA))
     runtime = next(found.parents[1].glob("**/libcudart_static.a"), None)
     if runtime is None:
         raise LeftOut(f"libcudart_static.a is not found beside {found}")
     version = run(str(found), "--version").split("release ")[-1].split(",")[0]
-    return f"nvcc {version}", [str(target), str(runtime), "-ldl", "-lrt"]
+    return f"nvcc {version}", [*objects, str(runtime), "-ldl", "-lrt"]
 
 
 def build(folder: Path, scratch: Path) -> dict:

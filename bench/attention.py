@@ -59,7 +59,12 @@ def cases(s: Setting) -> Iterator[Case]:
         took, plan = timed(partial(fresh_plan, layout, s.device), s.device)
         table = plan.table.nbytes + plan.key_table.nbytes
         ours = [i for i in select.ATTENTION if i != "reference" and not select.ATTENTION[i].reasons(q, k, v)]
-        attend = {f"lct {impl}": Peer(partial(attention, plan=plan, impl=impl), True, took, table) for impl in ours}
+        attend = {
+            f"lct {impl}": Peer(
+                partial(attention, plan=plan, impl=impl), not select.ATTENTION.forward_only(impl), took, table
+            )
+            for impl in ours
+        }
         peers = attention_peers(layout, s.device, flex=s.gpu or index == 1) | package_peers(layout, s.device)
         scale = {"rows": layout.rows, "shots": shots}
         about = {"kind": kind, "heads": heads, "kv_heads": kv_heads, "dim": dim}
@@ -67,8 +72,8 @@ def cases(s: Setting) -> Iterator[Case]:
         of_forward, of_backward = checks(q, k, v, dout, layout, peers["SDPA per shot"].attend)
         forward = providers(attend, peers, partial(without_graph, inputs=(q, k, v)))
         yield Case("attention forward", scale, forward, flops, check=of_forward, about=about)
-        differentiable = {name: peer for name, peer in peers.items() if peer.backward}
-        backward = providers(attend, differentiable, partial(gradients, inputs=(q, k, v), upstream=dout))
+        trained, peers_trained = ({name: p for name, p in side.items() if p.backward} for side in (attend, peers))
+        backward = providers(trained, peers_trained, partial(gradients, inputs=(q, k, v), upstream=dout))
         yield Case("attention backward", scale, backward, flops * 5 // 2, check=of_backward, about=about)
 
 

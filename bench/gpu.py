@@ -55,7 +55,7 @@ class Step:
 def steps(out: Path, full: bool = False) -> list[Step]:
     """What is done, in order; measuring comes last and takes all the time that is left. `full`: every size."""
     python = sys.executable
-    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--launch-timeout", "60"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--launch-timeout", "60", "--tool"]
     doctor = "import sys; from lct.cli import main; sys.exit(main(['doctor', '--validate']))"
     tests = [f"tests/test_{name}.py" for name in ("gpu", "native", "norm_rope", "cache", "modulate")]
     workers = ["-n", "8", "--dist", "load"] if util.find_spec("xdist") else []
@@ -65,8 +65,9 @@ def steps(out: Path, full: bool = False) -> list[Step]:
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 60, r"^lct: (built for cuda .+)$"),
         Step("validate", [python, "-c", doctor], 100, r"^(\d+ of \d+ passed)"),
         Step("test", [python, "-m", "pytest", *workers, *tests], 200, r"(\d+ (?:passed|failed).*)"),
-        Step(
-            "memcheck", [*sanitizer, python, "tests/small_launches.py"], 80, r"(ERROR SUMMARY: .+)", sanitizer[0], apart
+        *(
+            Step(tool, [*sanitizer, tool, python, "tests/small_launches.py"], 80, summary, sanitizer[0], apart)
+            for tool, summary in (("memcheck", r"(ERROR SUMMARY: .+)"), ("racecheck", r"(RACECHECK SUMMARY: .+)"))
         ),
         Step("stack", [python, "bench/stack.py", "--out", str(out)], 120, r"^ (lct triton, recompute none.+)$"),
         Step("measure", measure, 3600, r"^attention: (.+)$"),

@@ -15,6 +15,15 @@
 #include "norm_rope.h"
 
 namespace lct {
+
+#ifndef LCT_CUDA
+constexpr const char* kNoCuda = "the library was built without CUDA";
+const char* join_cuda(const JoinParams&, DType, int, void*) { return kNoCuda; }
+const char* assemble_cuda(const AssembleParams&, DType, int, void*) { return kNoCuda; }
+const char* backward_cuda(const BackwardParams&, DType, int, void*) { return kNoCuda; }
+const char* attention_forward_cuda(const AttentionForward&, DType, bool, int, void*) { return kNoCuda; }
+#endif
+
 namespace {
 
 using tvm::ffi::Optional;
@@ -148,12 +157,6 @@ Sizes joint_sizes(int64_t heads, int64_t all_heads, int64_t dim, bool by_row, in
   return sizes_of(int(heads), int(kv_heads), int(dim), by_row, texts, videos, wanted(blocks, device));
 }
 
-#ifndef LCT_CUDA
-const char* join_cuda(const JoinParams&, DType, int, void*) { return "the library was built without CUDA"; }
-const char* assemble_cuda(const AssembleParams&, DType, int, void*) { return "the library was built without CUDA"; }
-const char* backward_cuda(const BackwardParams&, DType, int, void*) { return "the library was built without CUDA"; }
-#endif
-
 template <class Params>
 void run(const Params& params, const Where& at, int64_t threads, void (*cpu)(const Params&, DType, int),
          const char* (*cuda)(const Params&, DType, int, void*)) {
@@ -278,10 +281,15 @@ int64_t partial_rows(TensorView text_qkv, TensorView video_qkv, int64_t heads, b
 
 // -- attention ---------------------------------------------------------------------------------------------------------
 
+RunTable table_on(DLDevice device, const char* name, TensorView x) {
+  const RunTable table{dense<int32_t>(name, x, kInt, device, {kAny, kAny}), int(x.size(0)), int(x.size(1))};
+  if (table.width < 4 || table.width % 2) refuse(name, "rows of (start, end, lo, hi, …)", x);
+  return table;
+}
+
 // A table of runs in CPU memory, none of which leaves its rows.
 RunTable table_of(const char* name, TensorView x, int64_t rows, int64_t seen_rows) {
-  const RunTable table{dense<int32_t>(name, x, kInt, {kDLCPU, 0}, {kAny, kAny}), int(x.size(0)), int(x.size(1))};
-  if (table.width < 4 || table.width % 2) refuse(name, "rows of (start, end, lo, hi, …)", x);
+  const RunTable table = table_on({kDLCPU, 0}, name, x);
   for (int i = 0; i < table.runs; ++i)
     for (int j = 0; j < table.width; j += 2) {
       const int32_t begin = table[i][j], end = table[i][j + 1];
@@ -293,9 +301,10 @@ RunTable table_of(const char* name, TensorView x, int64_t rows, int64_t seen_row
   return table;
 }
 
-AttentionSizes attention_sizes(TensorView q, TensorView k, double scale) {
-  check("q", q, kFloat, {kDLCPU, 0}, {kAny, kAny, kAny});
-  check("k", k, kFloat, {kDLCPU, 0}, {kAny, kAny, q.size(2)});
+AttentionSizes attention_sizes(TensorView q, TensorView k, double scale, DLDataType dtype = kFloat,
+                               DLDevice device = {kDLCPU, 0}) {
+  check("q", q, dtype, device, {kAny, kAny, kAny});
+  check("k", k, dtype, device, {kAny, kAny, q.size(2)});
   if (q.size(2) < 1 || q.size(2) > kMaxDim) refuse("q", "a head_dim of 1 to " + std::to_string(kMaxDim), q);
   if (!k.size(1) || q.size(1) % k.size(1)) refuse("k", "heads that divide " + std::to_string(q.size(1)), k);
   return {q.size(0), k.size(0), int(q.size(1)), int(k.size(1)), int(q.size(2)), float(scale)};
@@ -342,6 +351,28 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
   if (!attention_backward_cpu(p, isa.c_str(), int(threads))) refuse_isa(isa);
 }
 
+// `host_table`, which the launch does not wait for, is what is checked; `table` is its copy on the device.
+void attention_forward_on_gpu(TensorView q, TensorView k, TensorView v, TensorView table, TensorView host_table,
+                              TensorView out, TensorView lse, double scale, bool pairs) {
+  const Where at = where("q", q);
+  if (on_cpu(at.device) || at.dtype == DType::fp32) refuse("q", "float16 or bfloat16 on cuda", q);
+  if (q.size(2) != 64 && q.size(2) != 128) refuse("q", "a head_dim of 64 or 128", q);
+  if (!(scale > 0)) TVM_FFI_THROW(ValueError) << "scale: expected a number above 0, got " << scale;
+  const AttentionSizes z = attention_sizes(q, k, scale, at.name, at.device);
+  const RunTable checked = table_of("host_table", host_table, z.q_rows, z.k_rows);
+  const AttentionForward p{z,
+                           table_on(at.device, "table", table),
+                           rows_of("q", q, at, z.q_rows, z.heads, z.dim),
+                           rows_of("k", k, at, z.k_rows, z.kv_heads, z.dim),
+                           rows_of("v", v, at, z.k_rows, z.kv_heads, z.dim),
+                           rows_of("out", out, at, z.q_rows, z.heads, z.dim),
+                           dense<float>("lse", lse, kFloat, at.device, {z.heads, z.q_rows})};
+  if (p.runs.runs != checked.runs || p.runs.width != checked.width) refuse("table", "the shape of host_table", table);
+  void* stream = TVMFFIEnvGetStream(kDLCUDA, at.device.device_id);
+  if (const char* error = attention_forward_cuda(p, at.dtype, pairs, at.device.device_id, stream))
+    TVM_FFI_THROW(RuntimeError) << error;
+}
+
 tvm::ffi::String attention_names() { return attention_isas(); }
 
 }  // namespace
@@ -349,6 +380,7 @@ tvm::ffi::String attention_names() { return attention_isas(); }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_forward, lct::attention_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_backward, lct::attention_backward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_forward_on_gpu, lct::attention_forward_on_gpu);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_isas, lct::attention_names);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_join, lct::join);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(norm_rope_assemble, lct::assemble);

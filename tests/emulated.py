@@ -17,12 +17,18 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests" / "emulator" / "attention_sm90.cpp"
 KERNEL = ROOT / "csrc" / "attention_sm90_fwd.h"
 BUILD = ROOT / "build" / "emulated"
+FORWARD_ONLY = True
 BLOCKS, CLUSTER = 2, 1
 
 
 def build(kernel: str) -> ctypes.CDLL:
     """The library with this text of the forward kernel; built once for each."""
-    sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h")), *sorted((ROOT / "csrc").glob("*.h")), ROOT / "csrc/common.cuh"]
+    sources = [
+        SOURCE,
+        *sorted(SOURCE.parent.glob("*.h")),
+        *sorted((ROOT / "csrc").glob("*.h")),
+        ROOT / "csrc/common.cuh",
+    ]
     digest = hashlib.sha256("\0".join([kernel, *(file.read_text() for file in sources)]).encode()).hexdigest()[:16]
     folder = BUILD / digest
     library = folder / "emulated.so"
@@ -30,7 +36,16 @@ def build(kernel: str) -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / KERNEL.name).write_text(kernel)
         made = folder / f"{os.getpid()}.so"
-        command = ["g++", "-O2", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-fvisibility=hidden"]
+        command = [
+            "g++",
+            "-O2",
+            "-std=c++17",
+            "-Wall",
+            "-Wno-unknown-pragmas",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+        ]
         command += [f"-I{folder}", f"-I{ROOT / 'csrc'}", f"-I{SOURCE.parent}", str(SOURCE), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(library)

@@ -53,15 +53,15 @@ def main():
     launched = []
     for operation in select.OPERATIONS:
         for impl in operation:
-            probe = torch.zeros(1, 8, 64, dtype=torch.bfloat16, device=CUDA)
-            probe = {"attention": (probe,) * 3, "modulate": (probe[0],)}.get(operation.name, (probe,))
-            if impl in ("reference", "sdpa") or operation[impl].reasons(*probe):
-                continue
             for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 32)):
+                probe = torch.zeros(1, 8, dim, dtype=dtype, device=CUDA)
+                probe = {"attention": (probe,) * 3, "modulate": (probe[0],)}.get(operation.name, (probe,))
+                if impl in ("reference", "sdpa") or operation[impl].reasons(*probe):
+                    continue
                 ONCE[operation.name](impl, dtype, dim)
                 torch.cuda.synchronize()
-            launched.append(f"{operation.name} {impl}")
-            print(f"{launched[-1]}: launched")
+                launched.append(f"{operation.name} {impl}")
+                print(f"{launched[-1]}, {dtype}, {dim} channels: launched")
     absent = sorted({"triton", "cuda"} - {name.split()[1] for name in launched})
     print(f"not launched: {', '.join(absent)}" if absent else "every implementation for a GPU was launched")
     return int(bool(absent))

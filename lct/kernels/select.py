@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lct.kernels import native_attention, native_norm_rope, reference, remembered, sdpa
+from lct.kernels import cuda_attention, native_attention, native_norm_rope, reference, remembered, sdpa
 
 try:
     from lct.kernels import triton_attention, triton_modulate, triton_norm_rope
@@ -21,7 +21,8 @@ class Operation(dict[str, ModuleType | SimpleNamespace]):
     """Implementations by name, fastest first. `reference` can do everything and stands last.
 
     Each tells by `reasons` why it cannot take some tensors, and may tell by `validated` that it has passed its tests on
-    some kind of device wherever it was tried; `lct doctor --validate` adds what has passed on this machine.
+    some kind of device wherever it was tried; `lct doctor --validate` adds what has passed on this machine. One may
+    say in BY_NAME_ONLY why `auto` never takes it, and by FORWARD_ONLY that it computes no gradients.
     """
 
     def __init__(self, name: str, **implementations: ModuleType | SimpleNamespace):
@@ -33,8 +34,18 @@ class Operation(dict[str, ModuleType | SimpleNamespace]):
         against = self[impl].reasons(*tensors)
         if against or self._validated(impl, tensors[0]):
             return against
+        if why := self.by_name_only(impl):
+            return [f"{why}: ask for it by name"]
         kind, name = tensors[0].device.type, str(tensors[0].dtype).removeprefix("torch.")
         return [f"not validated on this {kind} in {name}: ask for it by name, or run `lct doctor --validate`"]
+
+    def by_name_only(self, impl: str) -> str | None:
+        """Why `auto` never takes an implementation, whatever it has passed; None where it may."""
+        return getattr(self[impl], "BY_NAME_ONLY", None)
+
+    def forward_only(self, impl: str) -> bool:
+        """Whether an implementation computes no gradients."""
+        return getattr(self[impl], "FORWARD_ONLY", False)
 
     def auto(self, *tensors: Tensor) -> str:
         """The fastest validated implementation for these tensors."""
@@ -42,11 +53,20 @@ class Operation(dict[str, ModuleType | SimpleNamespace]):
 
     def _validated(self, impl: str, x: Tensor) -> bool:
         """On this kind of device in this dtype: wherever it was tried, or on this machine."""
+        if self.by_name_only(impl):
+            return False
         everywhere = hasattr(self[impl], "validated") and self[impl].validated(x.device, x.dtype)
         return everywhere or remembered.passed(self.name, impl, x.device, x.dtype)
 
 
-ATTENTION = Operation("attention", triton=triton_attention, cpu=native_attention, sdpa=sdpa, reference=reference)
+ATTENTION = Operation(
+    "attention",
+    cuda=cuda_attention,
+    triton=triton_attention,
+    cpu=native_attention,
+    sdpa=sdpa,
+    reference=reference,
+)
 NORM_ROPE = Operation(
     "norm_rope",
     cuda=native_norm_rope.cuda,

@@ -130,7 +130,10 @@ class Machine {
 
   // Others may run for a while.
   void pause() {
-    if (chance(2)) wait("nothing", [left = int(random_() % 8)]() mutable { return left-- <= 0; });
+    if (chance(2)) wait("nothing", [this, left = int(random_() % 8)]() mutable {
+      moved_ = true;
+      return left-- <= 0;
+    });
   }
 
   // All 32 lanes; the last one does `act`, then all go on.
@@ -318,7 +321,7 @@ class Machine {
   ucontext_t scheduler_;
   const std::function<void(uint8_t*)>* body_ = nullptr;
   std::string error_;
-  bool stop_ = false;
+  bool stop_ = false, moved_ = false;
 };
 
 inline Machine*& machine() {
@@ -363,12 +366,12 @@ inline void Machine::run(int blocks, int cluster, int threads, size_t bytes,
   bool left = true;
   while (left && error_.empty()) {
     left = false;
-    bool moved = false;
+    moved_ = false;
     std::shuffle(warps.begin(), warps.end(), random_);
     for (auto& [block, warp] : warps) {
       if (chance(4)) {  // a warp may be kept waiting
         for (int lane = 0; lane < 32; ++lane) left = left || !block->threads[32 * warp + lane].done;
-        moved = true;
+        moved_ = true;
         continue;
       }
       for (bool again = true; again && error_.empty();) {
@@ -377,13 +380,13 @@ inline void Machine::run(int blocks, int cluster, int threads, size_t bytes,
           Thread& t = block->threads[32 * warp + lane];
           if (t.done || (t.ready && !t.ready())) continue;
           resume(t);
-          again = moved = true;
+          again = moved_ = true;
         }
       }
       for (int lane = 0; lane < 32; ++lane) left = left || !block->threads[32 * warp + lane].done;
       while (!copies_.empty() && chance(3)) finish(random_() % copies_.size());
     }
-    if (!moved && left && error_.empty()) {
+    if (!moved_ && left && error_.empty()) {
       if (!copies_.empty()) {
         finish(random_() % copies_.size());
       } else {

@@ -12,25 +12,33 @@ namespace lct::sm90 {
 constexpr int kRowBytes = 128;  // of shared memory: 64 channels of a half type, the span that is swizzled
 constexpr int kSpan = 64;       // channels
 constexpr int kWarps = 4;       // of a warpgroup
+constexpr int kSharedBytes = 227 * 1024;  // that a block may ask for
+
+// Registers of a thread that copies and of one that computes. Three warpgroups start with 168 each, and what one gives back
+// another may take: 40 + 2 · 232 = 3 · 168. More than that would wait for ever.
+constexpr int kCopierRegisters = 40, kConsumerRegisters = 232;
+static_assert(kCopierRegisters + 2 * kConsumerRegisters <= 3 * (65536 / 384 / 8 * 8), "of the block's registers");
 
 struct Tile {
   int run;    // row of the table; -1: there are no more
-  int first;  // row of queries
+  int first;  // row
   int head;
 };
 
-// Tile `index`, of `size` queries: run by run as the table has them, those that see most first; within a run head by
+// Tile `index`, of `size` rows: run by run as the table has them, those that see most first; within a run head by
 // head, so that blocks that run together read the same keys and values.
-HD Tile tile_at(const RunTable& table, int heads, int size, int64_t index) {
+HD Tile tile_at(const RunTable& table, int heads, int size, int index) {
   for (int run = 0; run < table.runs; ++run) {
-    const int32_t* row = table.data + int64_t(run) * table.width;
+    const int32_t* row = table.data + run * table.width;
     const int start = row[0], tiles = (row[1] - start + size - 1) / size;
-    const int64_t all = int64_t(tiles) * heads;
-    if (index < all) return {run, start + int(index % tiles) * size, int(index / tiles)};
-    index -= all;
+    if (index < tiles * heads) return {run, start + index % tiles * size, index / tiles};
+    index -= tiles * heads;
   }
   return {-1, 0, 0};
 }
+
+// No more tiles than this there can be, whatever the table: a launch's grid must not read it.
+HD int most_tiles(int64_t rows, int runs, int heads, int size) { return int(rows / size + runs) * heads; }
 
 // The key tiles that a run of the table sees, of `size` keys but for the last of each interval.
 class KeyTiles {

@@ -26,7 +26,8 @@ class Forward {
   static constexpr int kQueries = Shape::kQueries, kKeys = Shape::kKeys, kStages = Shape::kStages;
   static constexpr int kCopied = kKeys / kCluster;  // rows of a key tile that this block copies
   static_assert(kCopied % 8 == 0 && kKeys % 16 == 0, "the swizzle repeats every 8 rows, products sum over 16");
-  static_assert((kStages & (kStages - 1)) == 0, "steps may overflow");
+  static_assert((kStages & (kStages - 1)) == 0, "the count of steps may overflow");
+  static_assert(Shape::kConsumers == 2, "turns are passed from one to the other");
 
  public:
   struct alignas(1024) Memory {
@@ -36,8 +37,10 @@ class Forward {
     uint64_t q_full, q_empty;
     uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   };
+  static_assert(sizeof(Memory) <= kSharedBytes, "of a block");
 
-  DEVICE Forward(Memory& memory, const AttentionForward& params, const TensorMap& q, const TensorMap& k, const TensorMap& v)
+  DEVICE Forward(Memory& memory, const AttentionForward& params, const TensorMap& q, const TensorMap& k,
+                 const TensorMap& v)
       : m_(memory), p_(params), q_(q), k_(k), v_(v) {}
 
   DEVICE void run() {
@@ -45,17 +48,18 @@ class Forward {
     kCluster > 1 ? cluster_sync() : block_sync();
     const int group = warpgroup_index();
     if (group == 0) {
-      fewer_registers<32>();
+      fewer_registers<kCopierRegisters>();
       if (thread_index() == 0) produce();
       leave();
     } else {
-      more_registers<240>();
+      more_registers<kConsumerRegisters>();
       consume(group - 1);
       leave();  // not behind both: ptxas gives each branch its own registers only where it ends
     }
   }
 
  private:
+  static constexpr int kConsuming = 128 * Shape::kConsumers;  // threads
   enum Named { kTurn = 1, kZeroed = kTurn + Shape::kConsumers };  // 0 is the whole block's
 
   // The other block of a cluster may yet arrive at barriers of this one.
@@ -77,12 +81,12 @@ class Forward {
   }
 
   // Step n of a ring of stages: which one, and the parity of its barriers' phase.
-  DEVICE static int stage_of(int step) { return step % kStages; }
-  DEVICE static int parity_of(int step) { return step / kStages % 2; }
+  DEVICE static int stage_of(uint32_t step) { return step % kStages; }
+  DEVICE static int parity_of(uint32_t step) { return step / kStages % 2; }
 
   // The tile that this block computes in its round `index`; in a cluster the second block's may lie behind the run.
   DEVICE Tile tile(int round) const {
-    const int64_t index = int64_t(round) * (block_count() / kCluster) + block_index() / kCluster;
+    const int index = round * (block_count() / kCluster) + block_index() / kCluster;
     Tile tile = tile_at(p_.runs, p_.sizes.heads, kQueries * kCluster, index);
     tile.first += rank() * kQueries;
     return tile;
@@ -94,7 +98,8 @@ class Forward {
 
   DEVICE void produce() {
     prefetch(&q_), prefetch(&k_), prefetch(&v_);
-    int step = 0, parity = 0;
+    uint32_t step = 0;
+    int parity = 0;
     for (int round = 0;; ++round) {
       const Tile tile = this->tile(round);
       if (tile.run < 0) return;
@@ -116,7 +121,7 @@ class Forward {
     }
   }
 
-  DEVICE void copy_stage(uint8_t* to, const TensorMap& map, uint64_t* full, uint64_t* empty, int step, int head,
+  DEVICE void copy_stage(uint8_t* to, const TensorMap& map, uint64_t* full, uint64_t* empty, uint32_t step, int head,
                          const KeyTiles& keys) {
     barrier_wait(empty, parity_of(step) ^ 1);
     barrier_expect(full, kKeys * D * 2);
@@ -133,7 +138,8 @@ class Forward {
   // -- the consumers ---------------------------------------------------------------------------------------------------
 
   DEVICE void consume(int group) {
-    int step = 0, parity = 0;
+    uint32_t step = 0;
+    int parity = 0;
     if (group == 1) pass_turn(group);  // the first turn is group 0's
     for (int round = 0;; ++round) {
       const Tile tile = this->tile(round);
@@ -154,7 +160,7 @@ class Forward {
         exponentiate(scores, count, top, sum, shrink);
         pack(weights, scores);
         for (keys.next(); keys.more(); keys.next()) {  // here `step` is that of the weights, one behind the scores'
-          named_sync(kTurn + group, 256);
+          named_sync(kTurn + group, kConsuming);
           start_scores(scores, group, step + 1);
           start_sum(out, weights, count, group, step);
           pass_turn(group);
@@ -184,9 +190,9 @@ class Forward {
     }
   }
 
-  DEVICE void pass_turn(int group) { named_arrive(kTurn + (group + 1) % Shape::kConsumers, 256); }
+  DEVICE void pass_turn(int group) { named_arrive(kTurn + 1 - group, kConsuming); }
 
-  DEVICE void start_scores(float (&scores)[kKeys / 2], int group, int step) {
+  DEVICE void start_scores(float (&scores)[kKeys / 2], int group, uint32_t step) {
     const int stage = stage_of(step);
     barrier_wait(&m_.k_full[stage], parity_of(step));
     const uint64_t q = by_channels(shared_address(m_.q), group * 64), k = by_channels(shared_address(m_.k[stage]), 0);
@@ -198,11 +204,12 @@ class Forward {
     products_commit();
   }
 
-  DEVICE void start_sum(float (&out)[D / 2], const uint32_t (&weights)[kKeys / 16][4], int count, int group, int step) {
+  DEVICE void start_sum(float (&out)[D / 2], uint32_t (&weights)[kKeys / 16][4], int count, int group, uint32_t step) {
     const int stage = stage_of(step);
     barrier_wait(&m_.v_full[stage], parity_of(step));
     if (count < kKeys) zero_values(stage, count, group);
     const uint64_t v = by_rows(shared_address(m_.v[stage]), kKeys);
+    settle(weights);
     products_begin();
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) Product<T, D>::mma(out, weights[i], at_row(v, 16 * i));
@@ -221,7 +228,8 @@ class Forward {
 
   // Scores of `count` keys become weights e^(scale · score − scale · top); what was summed under an older `top` has to
   // be multiplied by `shrink`. Of the two rows that a thread has a part of.
-  DEVICE void exponentiate(float (&scores)[kKeys / 2], int count, float (&top)[2], float (&sum)[2], float (&shrink)[2]) {
+  DEVICE void exponentiate(float (&scores)[kKeys / 2], int count, float (&top)[2], float (&sum)[2],
+                           float (&shrink)[2]) {
     if (count < kKeys) {
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) {
@@ -265,7 +273,8 @@ class Forward {
     named_sync(kZeroed + group, 128);
   }
 
-  DEVICE void write(const Tile& tile, int group, const float (&out)[D / 2], const float (&top)[2], const float (&sum)[2]) {
+  DEVICE void write(const Tile& tile, int group, const float (&out)[D / 2], const float (&top)[2],
+                    const float (&sum)[2]) {
     const int thread = thread_index() % 128, end = p_.runs.data[tile.run * p_.runs.width + 1];
     float total[2];
 #pragma unroll

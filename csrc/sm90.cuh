@@ -74,6 +74,7 @@ DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster
 DEVICE void block_sync() { __syncthreads(); }
 
 DEVICE void cluster_sync() {
+  __syncwarp();  // lanes may come from different roads, and "aligned" means that they do not
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -159,11 +160,18 @@ DEVICE void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
-// The compiler knows nothing of products under way: no use of these registers may move above this line.
+// The compiler knows nothing of products under way: no use of what they gave may move above this line, and nothing that
+// makes their first factors below it.
 template <int kCount>
 DEVICE void settle(float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+template <int kCount>
+DEVICE void settle(uint32_t (&x)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
 }
 
 // ptxas moves arithmetic behind a wait that stands after it, where nothing of it is needed before: x, a sum of what is

@@ -62,7 +62,10 @@ def main():
                 torch.cuda.synchronize()
                 launched.append(f"{operation.name} {impl}")
                 print(f"{launched[-1]}, {dtype}, {dim} channels: launched")
-    absent = sorted({"triton", "cuda"} - {name.split()[1] for name in launched})
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    wanted = {f"{operation.name} {impl}" for operation in select.OPERATIONS for impl in operation if impl == "triton"}
+    wanted |= {"norm_rope cuda", *(["attention cuda"] if hopper else [])}
+    absent = sorted(wanted - set(launched))
     print(f"not launched: {', '.join(absent)}" if absent else "every implementation for a GPU was launched")
     return int(bool(absent))
 

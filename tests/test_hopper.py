@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated
 import numpy as np
@@ -97,9 +98,9 @@ def test_mask_probing(problem, seed, cluster):
 
 
 @needs_compiler
-@given(drawn=tails(), seed=st.integers(0, 1000))
+@given(drawn=tails(), seed=st.integers(0, 1000), cluster=st.sampled_from([1, 2]))
 @settings(max_examples=25)
-def test_cached_tails(drawn, seed):
+def test_cached_tails(drawn, seed, cluster):
     """New rows, also in two versions, over a cache with rows to spare; those hold NaN."""
     scenes, visibility, first, alternatives, spare = drawn
     kept = [[*scene, alternatives[b]] if alternatives else scene for b, scene in enumerate(scenes)]
@@ -112,7 +113,7 @@ def test_cached_tails(drawn, seed):
     truth, lse = (torch.from_numpy(x) for x in oracle.attention(*(x.double().numpy() for x in (q, k, v)), visible, 0.2))
     unseen = torch.from_numpy(~np.asarray(visible).any(0))
     k[unseen], v[unseen] = float("nan"), float("nan")
-    out, found = emulated.forward(q, k, v, tail.plan.table, tail.plan.host_table, 0.2, seed)
+    out, found = emulated.forward(q, k, v, tail.plan.table, tail.plan.host_table, 0.2, seed, 2, cluster)
     assert torch.isfinite(out).all() and (out - truth).abs().max() <= 2e-3 * max(1, truth.abs().max())
     torch.testing.assert_close(found.double(), lse, rtol=1e-5, atol=1e-5)
 
@@ -177,6 +178,56 @@ def test_neither_chance_nor_blocks_change_a_bit(dim):
         assert all(same_bytes(a, b) for a, b in zip(first, again, strict=True)), (seed, blocks, cluster)
 
 
+@needs_compiler
+@pytest.mark.parametrize("kind", ["dense", "fused", "far apart", "misaligned", "turned", "one row for all", "one head"])
+def test_what_python_hands_over(monkeypatch, kind):
+    """Strides and addresses that bulk copies take as they are, and those that are copied first."""
+    monkeypatch.setattr(native, "library", lambda: emulated.Library)
+    plan = build(SCENES).plan()
+    heads = (1, 1) if kind == "one head" else (4, 2)
+    inputs = Inputs.random(plan, *heads, 64, torch.float16)
+    truth = emulated.forward(*(x.contiguous() for x in inputs[:3]), plan.table, plan.host_table, 0.1)
+
+    def laid(x):
+        if kind == "fused":
+            wide = torch.full((len(x), 3 * x.shape[1], 64), float("nan"), dtype=x.dtype)
+            wide[:, x.shape[1] : 2 * x.shape[1]] = x
+            return wide[:, x.shape[1] : 2 * x.shape[1]]
+        if kind == "far apart":
+            return x.new_empty(len(x), 40, 5, 64)[:, : 2 * x.shape[1] : 2, 3].copy_(x)
+        if kind == "misaligned":
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        return x.mT.contiguous().mT if kind == "turned" else x
+
+    q, k, v = (laid(x) for x in inputs[:3])
+    if kind == "one row for all":
+        q, truth = q[:1].expand_as(q), None
+    out, lse = cuda_attention.forward(q, k, v, plan.table, plan.host_table, 0.1)
+    truth = truth or emulated.forward(q.contiguous(), k, v, plan.table, plan.host_table, 0.1)
+    assert same_bytes(out, truth[0]) and same_bytes(lse, truth[1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_the_kernel_does_not_take(monkeypatch, scale):
+    monkeypatch.setattr(native, "library", lambda: emulated.Library)
+    plan = build(SCENES).plan()
+    q, k, v, *_ = inputs = Inputs.random(plan, 2, 1, 64, torch.float16)
+    out, lse = cuda_attention.forward(q, k, v, plan.table, plan.host_table, scale)
+    truth = reference.forward(*(x.double() for x in inputs[:3]), plan.table, plan.host_table, scale)
+    compare(out, truth[0], reference.forward(q, k, v, plan.table, plan.host_table, scale)[0])
+    torch.testing.assert_close(lse.double(), truth[1], rtol=1e-5, atol=1e-5)
+
+
+def test_without_keys_or_queries():
+    plan = Plan.build([], 3, 0)
+    q, k = torch.ones(3, 2, 64).half(), torch.ones(0, 2, 64).half()
+    out, lse = cuda_attention.forward(q, k, k, plan.table, plan.host_table, 1.0)
+    assert not out.any() and (lse == -torch.inf).all()
+    none = Plan.build([], 0, 0)
+    assert cuda_attention.forward(k, k, k, none.table, none.host_table, 1.0)[0].shape == (0, 2, 64)
+
+
 # -- the emulation finds what is planted -------------------------------------------------------------------------------
 
 DIFFERENT, NAN = "different", "NaN"
@@ -224,9 +275,9 @@ PLANTED = {  # what stands in the kernel, what to write instead, what is found (
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_found(fault):
     right, wrong, expected = PLANTED[fault]
-    kernel = emulated.KERNEL.read_text()
+    kernel = (emulated.CSRC / "attention_sm90_fwd.h").read_text()
     assert kernel.count(right) == 1
-    library = emulated.build(kernel.replace(right, wrong))
+    library = emulated.build(attention_sm90_fwd=kernel.replace(right, wrong))
     layout = build(LARGE)
     plan = layout.plan()
     q, k, v = Inputs.random(plan, 2, 2, 128, torch.bfloat16)[:3]
@@ -248,6 +299,20 @@ def test_a_planted_fault_is_found(fault):
     assert any(expected in (what, DIFFERENT) or expected in what for what in found), found
 
 
+@needs_compiler
+def test_more_registers_than_a_block_has_are_found():
+    header = (emulated.CSRC / "attention_sm90.h").read_text()
+    greedy = header.replace(
+        "kCopierRegisters = 40, kConsumerRegisters = 232", "kCopierRegisters = 32, kConsumerRegisters = 240"
+    )
+    assert greedy != header
+    library = emulated.build(attention_sm90=greedy.replace("static_assert(kCopier", "static_assert(true || kCopier"))
+    plan = build(SCENES).plan()
+    given = Inputs.random(plan, 1, 1, 64, torch.float16)[:3]
+    with pytest.raises(RuntimeError, match="every thread waits"):
+        emulated.forward(*given, plan.table, plan.host_table, 0.1, using=library)
+
+
 # -- index arithmetic --------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +323,7 @@ def test_every_row_has_one_tile_and_the_longest_come_first(problem, heads, size)
     plan = build(scenes, visibility).plan()
     table, count = plan.host_table, torch.zeros(plan.q_rows, heads, dtype=torch.int32)
     found, sees = np.zeros(3, np.int64), []
-    most = (plan.q_rows // size + len(table)) * heads  # what a launch takes for its grid
+    most = emulated.library().most_tiles_of(*emulated.integers(plan.q_rows, len(table), heads, size))
     for index in range(most + 1):
         arguments = emulated.integers(*table.shape, heads, size, index)
         emulated.library().tile_of(emulated.pointer(table), *arguments, found.ctypes.data_as(emulated.ctypes.c_void_p))
@@ -271,6 +336,33 @@ def test_every_row_has_one_tile_and_the_longest_come_first(problem, heads, size)
         sees.append(sum(b - a for a, b in zip(intervals[::2], intervals[1::2], strict=True)))
     assert run < 0 and (count == 1).all()
     assert sees == sorted(sees, reverse=True)
+
+
+@needs_compiler
+@given(problem=problems(), size=st.sampled_from([1, 3, 128, 176]))
+def test_key_tiles_are_the_rows_that_a_run_sees(problem, size):
+    scenes, visibility, _ = problem
+    plan = build(scenes, visibility).plan()
+    table, found = plan.host_table, torch.zeros(2 * plan.k_rows + 2, dtype=torch.int32)
+    for run, (_, _, *edges) in enumerate(table.tolist()):
+        arguments = emulated.integers(*table.shape, run, size)
+        count = emulated.library().key_tiles(emulated.pointer(table), *arguments, emulated.pointer(found))
+        tiles = found[: 2 * count].view(-1, 2).tolist()
+        assert all(1 <= n <= size for _, n in tiles)
+        rows = [row for first, n in tiles for row in range(first, first + n)]
+        assert rows == [row for a, b in zip(edges[::2], edges[1::2], strict=True) for row in range(a, b)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [64, 128, 176])
+def test_threads_hold_every_element_of_a_product_once(columns):
+    of = emulated.library()
+    held = [
+        (of.row_of_element(*emulated.integers(t, i)), of.column_of_element(*emulated.integers(t, i)))
+        for t in range(128)
+        for i in range(columns // 2)
+    ]
+    assert sorted(held) == [(row, column) for row in range(64) for column in range(columns)]
 
 
 @needs_compiler
@@ -295,7 +387,7 @@ def compiled(tmp_path_factory):
     cubin = tmp_path_factory.mktemp("sm90") / "forward.cubin"
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17", "-Xptxas=-v"]
     done = subprocess.run(
-        [nvcc(), *target, emulated.ROOT / "csrc/attention_sm90_fwd.cu", "-o", cubin], capture_output=True, text=True
+        [nvcc(), *target, emulated.CSRC / "attention_sm90_fwd.cu", "-o", cubin], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -308,7 +400,10 @@ def compiled(tmp_path_factory):
         found[name]["opcodes"] = re.findall(
             r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", body, re.MULTILINE
         )
-        found[name]["products"] = re.findall(r"HGMMA\.(\w+)", body)
+        waits = r"HGMMA\.\w+|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2"
+        found[name]["order"] = [
+            {"WAR": f"DEPBAR{what[-1]}", "MUF": "EX2"}.get(what[:3], what) for what in re.findall(waits, body)
+        ]
     return found, done.stderr
 
 
@@ -328,27 +423,14 @@ def test_nothing_spills_and_no_product_waits_for_the_last(compiled):
 
 @pytest.mark.skipif(nvcc() is None, reason="needs nvcc, of the CUDA toolkit")
 def test_exponentials_stand_before_the_wait_that_they_hide(compiled):
-    """ptxas may move arithmetic behind a wait (`finish_before`); then products and exponentials would take turns."""
+    """In a step, between the wait for scores and that for values; ptxas may move them behind it (`finish_before`), and
+    then products and exponentials would take turns."""
     kernels, _ = compiled
     for name, kernel in kernels.items():
-        dim = 128 if "Li128E" in name else 64
-        keys = int(max(re.findall(r"64x(\d+)x16", " ".join(kernel["products"])), key=int)) if dim == 128 else 128
-        text = [
-            op if op.startswith(("HGMMA", "WARPGROUP.DEPBAR")) else "E" if op == "MUFU.EX2" else ""
-            for op in kernel["opcodes"]
-        ]
-        waits = [i for i, op in enumerate(text) if op.startswith("WARPGROUP.DEPBAR")]
-        between = [text[a:b].count("E") for a, b in zip(waits, waits[1:], strict=False)]
-        assert max(between) >= keys // 2 + 2, (name, between)  # a loop's step: its scores, and two rescalings
-
-
-def test_shared_memory_fits():
-    """Two stages of keys and values, and the queries, of 227 KiB."""
-    text = (emulated.ROOT / "csrc" / "attention_sm90.h").read_text()
-    keys = re.search(r"kKeys = D == 128 \? (\d+) : (\d+)", text).groups()
-    stages = re.search(r"kStages = D == 128 \? (\d+) : (\d+)", text).groups()
-    for dim, k, s in zip((128, 64), map(int, keys), map(int, stages), strict=True):
-        assert (128 + 2 * k * s) * dim * 2 + 1024 <= 227 * 1024
+        order = " ".join(kernel["order"])
+        (step,) = re.findall(r"DEPBAR1 ((?:EX2 )*)DEPBAR0", order)
+        keys = max(int(n) for n in re.findall(r"64x(\d+)x16", order))
+        assert step.count("EX2") == keys // 2 + 2, (name, order)  # a thread's scores, and two rescalings
 
 
 # -- who may ask for it ------------------------------------------------------------------------------------------------
@@ -365,11 +447,16 @@ def test_what_it_refuses(monkeypatch):
     assert cuda_attention.reasons(*[torch.zeros(1, 2, 64)] * 3) == ["needs a GPU, got a tensor on cpu"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(native, "reasons", lambda part, device: [])
-    fake = torch.empty(1, 2, 96, device="meta", requires_grad=True)
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
-    against = " ".join(cuda_attention.reasons(fake, fake, fake))
-    for what in ("sm_80", "float32", "head dims 64 and 128, got 96", "no_grad"):
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 2, 96), requires_grad=True)
+    against = " ".join(cuda_attention.reasons(x, x, x))
+    for what in ("sm_80", "float32", "head dims 64 and 128, got 96"):
         assert what in against
+    assert ("no_grad" in against) == select.ATTENTION.forward_only("cuda")
+
+
+def test_a_model_is_not_given_what_computes_no_gradients(monkeypatch):
+    monkeypatch.setattr(cuda_attention, "FORWARD_ONLY", True, raising=False)
+    assert select.Choice.of("cuda") == ("auto", "cuda", "auto")
 
 
 def test_pairs_where_runs_are_long():

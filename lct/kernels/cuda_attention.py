@@ -42,11 +42,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, 
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if not k.numel() or not q.numel():
         return out.zero_(), lse.fill_(-torch.inf)
-    if scale <= 0:  # the kernel looks for the largest product before it scales it
-        q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
+    q, scale = _scaled(q, scale)
     given = _copyable(q), _copyable(k), _copyable(v), table, host_table
     native.library().attention_forward_on_gpu(*given, out, lse, scale, _paired(host_table))
     return out, lse
+
+
+def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores from a scale above 0, all that the kernel takes."""
+    if scale > 0:
+        return q, scale
+    return (q * 0, 1.0) if scale == 0 else (-q, -scale)
 
 
 def _paired(host_table: Tensor) -> bool:

@@ -32,10 +32,10 @@ class Operation(dict[str, ModuleType | SimpleNamespace]):
     def against_auto(self, impl: str, *tensors: Tensor) -> list[str]:
         """Why `auto` does not take an implementation for these tensors; empty where it may."""
         against = self[impl].reasons(*tensors)
+        if why := self.by_name_only(impl):
+            return [*against, f"{why}: ask for it by name"]
         if against or self._validated(impl, tensors[0]):
             return against
-        if why := self.by_name_only(impl):
-            return [f"{why}: ask for it by name"]
         kind, name = tensors[0].device.type, str(tensors[0].dtype).removeprefix("torch.")
         return [f"not validated on this {kind} in {name}: ask for it by name, or run `lct doctor --validate`"]
 
@@ -103,7 +103,7 @@ class Choice(NamedTuple):
     @classmethod
     def of(cls, impl: str) -> Choice:
         """One name for a whole model: an operation that has no implementation of that name ("sdpa" is one of attention
-        alone) takes what "auto" would. ValueError where no operation has one."""
+        alone), or one that computes no gradients, takes what "auto" would. ValueError where no operation has one."""
         if impl != "auto" and impl not in NAMES:
             raise ValueError(f"impl: expected 'auto' or one of {NAMES}, got {impl!r}")
-        return cls(*(impl if impl in operation else "auto" for operation in OPERATIONS))
+        return cls(*(impl if impl in o and not o.forward_only(impl) else "auto" for o in OPERATIONS))

@@ -42,16 +42,16 @@ using namespace lct::sm90;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Null, or what went wrong. Tensors are dense and in CPU memory; `cluster` is 1 or 2 and divides `blocks`.
+// Null, or what went wrong. `strides`: of rows and heads of q, k, v and out; `cluster` is 1 or 2 and divides `blocks`.
 EXPORT const char* forward_emulated(void* q, void* k, void* v, const int32_t* table, void* out, float* lse,
                                     int64_t q_rows, int64_t k_rows, int64_t heads, int64_t kv_heads, int64_t dim,
-                                    int64_t runs, int64_t width, double scale, int64_t is_bfloat, int64_t blocks,
-                                    int64_t cluster, int64_t seed) {
+                                    int64_t runs, int64_t width, const int64_t* strides, double scale,
+                                    int64_t is_bfloat, int64_t blocks, int64_t cluster, int64_t seed) {
   static std::string error;
-  const auto dense = [dim](void* data, int64_t of) { return lct::Rows{data, of * dim, dim}; };
+  const auto at = [strides](void* data, int i) { return lct::Rows{data, strides[2 * i], strides[2 * i + 1]}; };
   const Call call{{{q_rows, k_rows, int(heads), int(kv_heads), int(dim), float(scale)},
                    {table, int(runs), int(width)},
-                   dense(q, heads), dense(k, kv_heads), dense(v, kv_heads), dense(out, heads), lse},
+                   at(q, 0), at(k, 1), at(v, 2), at(out, 3), lse},
                   int(blocks),
                   uint64_t(seed)};
   try {
@@ -65,9 +65,26 @@ EXPORT const char* forward_emulated(void* q, void* k, void* v, const int32_t* ta
 
 EXPORT void tile_of(const int32_t* table, int64_t runs, int64_t width, int64_t heads, int64_t size, int64_t index,
                     int64_t* found) {
-  const Tile tile = tile_at({table, int(runs), int(width)}, int(heads), int(size), index);
+  const Tile tile = tile_at({table, int(runs), int(width)}, int(heads), int(size), int(index));
   found[0] = tile.run, found[1] = tile.first, found[2] = tile.head;
 }
+
+EXPORT int64_t most_tiles_of(int64_t rows, int64_t runs, int64_t heads, int64_t size) {
+  return most_tiles(rows, int(runs), int(heads), int(size));
+}
+
+// Writes (first, count) of every key tile of a run; returns how many.
+EXPORT int64_t key_tiles(const int32_t* table, int64_t runs, int64_t width, int64_t run, int64_t size, int32_t* found) {
+  int64_t count = 0;
+  for (KeyTiles keys({table, int(runs), int(width)}, int(run), int(size)); keys.more(); keys.next()) {
+    found[2 * count] = keys.first();
+    found[2 * count++ + 1] = keys.count();
+  }
+  return count;
+}
+
+EXPORT int64_t row_of_element(int64_t thread, int64_t i) { return row_of(int(thread), int(i)); }
+EXPORT int64_t column_of_element(int64_t thread, int64_t i) { return column_of(int(thread), int(i)); }
 
 EXPORT int64_t swizzled_offset(int64_t rows, int64_t row, int64_t channel) {
   return swizzled(int(rows), int(row), int(channel));

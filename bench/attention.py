@@ -70,17 +70,21 @@ def cases(s: Setting) -> Iterator[Case]:
         about = {"kind": kind, "heads": heads, "kv_heads": kv_heads, "dim": dim}
         flops = layout.flops(heads, dim)
         of_forward, of_backward = checks(q, k, v, dout, layout, peers["SDPA per shot"].attend)
-        forward = providers(attend, peers, partial(without_graph, inputs=(q, k, v)))
+        forward = providers(attend, peers, 4 * heads * dim, partial(without_graph, inputs=(q, k, v)))
         yield Case("attention forward", scale, forward, flops, check=of_forward, about=about)
         trained, peers_trained = ({name: p for name, p in side.items() if p.backward} for side in (attend, peers))
-        backward = providers(trained, peers_trained, partial(gradients, inputs=(q, k, v), upstream=dout))
+        backward = providers(
+            trained, peers_trained, 10 * heads * dim, partial(gradients, inputs=(q, k, v), upstream=dout)
+        )
         yield Case("attention backward", scale, backward, flops * 5 // 2, check=of_backward, about=about)
 
 
-def providers(ours: dict[str, Peer], peers: dict[str, Peer], launch: Callable[[Attend], Run]) -> list[Provider]:
-    """Everybody who takes part, each with what `launch` makes of their attention."""
+def providers(
+    ours: dict[str, Peer], peers: dict[str, Peer], pair_flops: int, launch: Callable[[Attend], Run]
+) -> list[Provider]:
+    """Everybody who takes part, with what `launch` makes of their attention; `pair_flops`: of a (query, key) pair."""
     return [
-        Provider(name, launch(p.attend), own, p.exact, p.prepare_ms, p.prepare_bytes)
+        Provider(name, launch(p.attend), own, p.pairs and p.pairs * pair_flops, p.prepare_ms, p.prepare_bytes)
         for own, side in ((True, ours), (False, peers))
         for name, p in side.items()
     ]

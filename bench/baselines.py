@@ -29,19 +29,19 @@ class Peer:
     attend      q, k, v [S, A, D] -> [S, A, D]
     backward    whether autograd through it is the exact gradient
     prepare_ms, prepare_bytes   what building its mask took
-    exact       False for an upper bound that computes something else
+    pairs       of an upper bound that computes something else: its own (query, key) pairs; None: those of the layout
     """
 
     attend: Attend
     backward: bool = True
     prepare_ms: float | None = None
     prepare_bytes: int | None = None
-    exact: bool = True
+    pairs: int | None = None
 
 
 def attention_peers(layout: SceneLayout, device: torch.device, flex: bool = True) -> dict[str, Peer]:
     """Every peer that can compute this layout here. `flex`: compile FlexAttention too, half a minute on a CPU."""
-    masked = dense_mask(layout, device)
+    masked, everything = dense_mask(layout, device), layout.rows**2
     peers = {"SDPA per shot": Peer(per_shot(layout)), **masked}
     if device.type == "cuda":
         dense = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -49,13 +49,13 @@ def attention_peers(layout: SceneLayout, device: torch.device, flex: bool = True
         backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
         peers |= {f"SDPA per shot, {name}": Peer(under(b, per_shot(layout))) for name, b in backends.items()}
         peers |= {
-            f"dense without a mask, {name}": Peer(under(b, unmasked), exact=False) for name, b in backends.items()
+            f"dense without a mask, {name}": Peer(under(b, unmasked), pairs=everything) for name, b in backends.items()
         }
-        causal = Peer(under(SDPBackend.CUDNN_ATTENTION, partial(sdpa, is_causal=True)), exact=False)
-        peers["causal, cuDNN"] = causal
+        causal = under(SDPBackend.CUDNN_ATTENTION, partial(sdpa, is_causal=True))
+        peers["causal, cuDNN"] = Peer(causal, pairs=(everything + layout.rows) // 2)
         peers |= {"FA2 in torch, seqused_k": Peer(seqused(layout, device), backward=False)}
     else:
-        peers["dense without a mask"] = Peer(unmasked, exact=False)
+        peers["dense without a mask"] = Peer(unmasked, pairs=everything)
     if flex:
         peers["FlexAttention"] = flex_attention(layout, device)
     return peers

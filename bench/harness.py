@@ -34,7 +34,7 @@ class Provider:
 
     run      one launch; what it returns is compared with the case's truth
     ours     part of this project, not a peer
-    exact    False for upper bounds that compute something else: timed, never compared, never a winner
+    flops    of upper bounds that compute something else: timed, rated by these, never compared, never a winner
     prepare_ms, prepare_bytes   what building its mask or plan took, once
     why_not  a sentence instead of `run` where it cannot take part
     """
@@ -42,10 +42,14 @@ class Provider:
     name: str
     run: Run | None = None
     ours: bool = False
-    exact: bool = True
+    flops: int | None = None
     prepare_ms: float | None = None
     prepare_bytes: int | None = None
     why_not: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        return self.flops is None
 
 
 @dataclass(frozen=True)
@@ -256,17 +260,18 @@ def _measure_case(case: Case, s: Setting, clock: Clock, limits: dict[str, float]
                 row["why_not"] = f"{type(error).__name__}: {first[:200]}"
         found.append(row)
     times = interleaved(able, clock, s.seconds, on_host=case.on_host) if able else {}
+    flops = {p.name: case.flops if p.exact else p.flops for p in case.providers}
     for row in found:
         if row["provider"] in times:
-            row |= _figures(times[row["provider"]], case, limits)
+            row |= _figures(times[row["provider"]], case, flops[row["provider"]], limits)
     return found
 
 
-def _figures(ms: list[float], case: Case, limits: dict[str, float]) -> dict:
+def _figures(ms: list[float], case: Case, flops: int, limits: dict[str, float]) -> dict:
     low, middle, high = (sorted(ms)[round(f * (len(ms) - 1))] for f in (0.2, 0.5, 0.8))
     figures = {"ms": middle, "ms_p20": low, "ms_p80": high, "launches": len(ms)}
-    if case.flops:
-        rate = case.flops / middle / 1e9
+    if flops:
+        rate = flops / middle / 1e9
         figures |= {"tflops": rate, "of_matmul": rate / limits["matmul_tflops"]}
         if "peak_tflops" in limits:
             figures["of_peak"] = rate / limits["peak_tflops"]

@@ -52,16 +52,16 @@ def test_who_cannot_run_is_told_with_the_reason():
 
 
 def test_an_upper_bound_is_timed_but_never_compared_nor_a_winner():
-    record = asked(Provider("us", lambda: 3, ours=True), Provider("bound", lambda: 5, exact=False))
+    record = asked(Provider("us", lambda: 3, ours=True), Provider("bound", lambda: 5, flops=1))
     assert record["rows"][1]["match"] is None and "ms" in record["rows"][1]
     assert winners(record["rows"])[0]["peer"] is None
     assert "no peer" in sentence(record)
 
 
-def test_rates_are_of_what_the_case_counts():
-    record = asked(Provider("us", lambda: 3, ours=True), flops=10**9)
-    row = record["rows"][0]
-    assert row["tflops"] == pytest.approx(1 / row["ms"])
+def test_rates_are_of_what_the_case_counts_and_an_upper_bound_s_of_its_own():
+    bound = Provider("bound", lambda: 5, flops=2 * 10**9)
+    row, other = (record := asked(Provider("us", lambda: 3, ours=True), bound, flops=10**9))["rows"]
+    assert row["tflops"] == pytest.approx(1 / row["ms"]) and other["tflops"] == pytest.approx(2 / other["ms"])
     assert row["of_matmul"] == pytest.approx(row["tflops"] / record["matmul_tflops"])
 
 

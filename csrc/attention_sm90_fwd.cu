@@ -47,7 +47,8 @@ const char* launch(const AttentionForward& p, bool pairs, cudaStream_t stream) {
 }  // namespace sm90
 
 const char* attention_forward_cuda(const AttentionForward& p, DType dtype, bool pairs, int device, void* stream) {
-  const OnDevice guard(device);
+  const OnDevice there(device);
+  if (!there) return launch_error();
   const auto to = static_cast<cudaStream_t>(stream);
   const bool wide = p.sizes.dim == 128;
   if (dtype == DType::bf16)

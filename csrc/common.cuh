@@ -209,6 +209,22 @@ inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+
+// Makes the tensors' own GPU current, whichever is, for as long as it lives; false where that fails, see `launch_error`.
+class OnDevice {
+ public:
+  explicit OnDevice(int device)
+      : switched_(cudaGetDevice(&before_) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) {}
+  ~OnDevice() {
+    if (switched_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  explicit operator bool() const { return switched_; }
+
+ private:
+  int before_;
+  bool switched_;
+};
 #endif
 
 // Its lanes one after the other. The teams of a block run in order too, so each adds to what the one before has left.

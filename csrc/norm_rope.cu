@@ -21,18 +21,15 @@ __global__ void __launch_bounds__(kThreads, 5) backward_kernel(const __grid_cons
   backward_body<T>(team_of(p.sizes), p, blockIdx.x, blockIdx.y);
 }
 
-// On the tensors' own GPU, whichever is current.
 template <class Params>
 const char* launch(void (*const kernels[3])(Params), const Params& params, DType dtype, int device, void* stream) {
   const int64_t blocks = blocks_of(params.sizes);
   if (!blocks) return nullptr;
-  int current;
-  if (cudaGetDevice(&current) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return launch_error();
+  const OnDevice there(device);
+  if (!there) return launch_error();
   const dim3 grid(unsigned(blocks), unsigned(params.sizes.chunks));
   kernels[int(dtype)]<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
-  const char* error = launch_error();
-  cudaSetDevice(current);
-  return error;
+  return launch_error();
 }
 
 }  // namespace

@@ -1,24 +1,10 @@
-// What the launches of the Hopper kernels share: tensor maps, and the device that they go to.
+// What the launches of the Hopper kernels share: tensor maps, and how many blocks run at a time.
 #pragma once
 
 #include "attention_sm90.h"
 #include "sm90.cuh"
 
 namespace lct {
-
-// Makes a device current for as long as it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    cudaGetDevice(&before_);
-    cudaSetDevice(device);
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
 
 namespace sm90 {
 

@@ -92,7 +92,7 @@ struct Block {
 
 class Machine {
  public:
-  explicit Machine(uint64_t seed) : random_(seed), eagerness_(seed % 3) {}
+  explicit Machine(uint64_t seed) : random_(seed), eagerness_(seed % 3), slowness_(seed % 2 ? 40 : 3) {}
 
   void run(int blocks, int cluster, int threads, size_t bytes, const std::function<void(uint8_t*)>& body);
 
@@ -258,6 +258,7 @@ class Machine {
   void finish(size_t which) {
     const auto copy = std::move(copies_[which]);
     copies_.erase(copies_.begin() + which);
+    moved_ = true;
     copy();
   }
 
@@ -290,7 +291,7 @@ class Machine {
   }
 
   std::mt19937_64 random_;
-  const int eagerness_;
+  const int eagerness_, slowness_;  // of products, of copies
   std::vector<Block> blocks_;
   std::vector<Named> clusters_;
   std::vector<std::function<void()>> copies_;
@@ -363,7 +364,7 @@ inline void Machine::run(int blocks, int cluster, int threads, size_t bytes,
         }
       }
       for (int lane = 0; lane < 32; ++lane) left = left || !block->threads[32 * warp + lane].done;
-      while (!copies_.empty() && chance(3)) finish(random_() % copies_.size());
+      while (!copies_.empty() && chance(slowness_)) finish(random_() % copies_.size());
     }
     if (!moved_ && left && error_.empty()) {
       if (!copies_.empty()) {

@@ -151,6 +151,27 @@ def gradients(out: str, execution: str = "{}", changes: str = "{}") -> None:
         save_file({k: v.contiguous() for k, v in found.items()}, Path(out) / "gradients.safetensors")
 
 
+def begins(out: str, changes: str) -> None:
+    """The first process alone makes the model, whose weights then lie on both, bit for bit and half on each."""
+    from lct.train import trainer
+    from lct.train.processes import own
+    from lct.train.weights import kinds_of, starting_model
+
+    made = []
+    trainer.starting_model = lambda *arguments, **options: made.append(1) or starting_model(*arguments, **options)
+    config = config_of(changes)
+    begun = trainer.Trainer(config, out)
+    assert len(made) == begun.processes.first, made
+    expected = starting_model(config, checked=True)
+    assert kinds_of(begun.model) == kinds_of(expected)
+    weights = begun.model.state_dict()
+    assert weights.keys() == expected.state_dict().keys()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weights[name].full_tensor(), weight), name
+    parts = sum(own(weight).numel() for weight in weights.values())
+    assert parts <= 0.55 * expected.parameter_count()
+
+
 def slow(out: str, phase: str) -> None:
     """Train, tell in a file when a phase has begun, and stay in it for a while; the status of the end is told too."""
     from lct.train import checkpoint

@@ -167,6 +167,20 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
     assert done.returncode and "expected a product that divides 2 processes, got 1 · 3" in done.stderr
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": 2, "init": "base"}], ids=["new", "low rank"])
+def test_the_first_process_alone_makes_the_model(changes, tmp_path):
+    save_weights(tmp_path / "base.safetensors", build(small().model).state_dict(), small())
+    if "init" in changes:
+        changes = changes | {"init": str(tmp_path / "base.safetensors")}
+    start(2, "begins", tmp_path / "run", json.dumps(changes))
+
+
+def test_what_is_wrong_with_the_first_weights_is_said_to_all(tmp_path):
+    changes = json.dumps({"init": str(tmp_path / "gone.safetensors")})
+    done = start(2, "train", tmp_path / "run", "{}", changes, check=False, timeout=60)
+    assert done.returncode and done.stderr.count("gone.safetensors: no such file; name a .safetensors file") >= 2
+
+
 def torchrun(*words: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lct"]
     return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=300)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -150,6 +151,16 @@ class Processes:
             shard(block, reshard_after_forward=e.gather_again)
         shard([model.last_modulation, model.video_out], reshard_after_forward=False)
         shard(model, reshard_after_forward=e.gather_again)
+
+    def fill(self, model: MMDiT, weights: dict[str, Tensor]) -> None:
+        """Give a model without values, once it is spread, those that the first process has, a weight at a time, and let
+        go of them. Alone there is nothing to give."""
+        if self.count == 1:
+            return
+        model.to_empty(device=self.device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
+        weights.clear()
 
     def begin_pass(self, model: nn.Module, last: bool) -> None:
         """Before each pass of a step: whether gradients are summed, and weights given back, behind it."""

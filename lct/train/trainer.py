@@ -47,7 +47,7 @@ from lct.train.interrupts import Interrupts, Stopped, abandoned_when
 from lct.train.processes import Processes, is_lost, own
 from lct.train.record import NOISE_LEVELS, Log, StepRecord, memory, trim_log
 from lct.train.steps import StepData, Steps, reading
-from lct.train.weights import assign_weights, settled, starting_model, trained
+from lct.train.weights import assign_weights, empty_model, kinds_of, settled, starting_model, trained
 
 MOST_SKIPPED = 5  # steps in a row that are not finite before a run gives up
 
@@ -129,7 +129,8 @@ class Trainer:
         self.dataset = dataset(config, execution.damaged == "skip")
         encoder = None if config.model.vocabulary else _features(config, self.dataset)
         resumed = checkpoints(self.out) and not config.lora  # which need the weights that they were trained beside
-        self.model = starting_model(replace(config, init=None) if resumed else config, self.device, checked=True)
+        start = replace(config, init=None) if resumed else config
+        self.model, weights = _first_model(start, self.processes)
         if encoder is not None:
             self.model.text_encoder = encoder
         self.dtype = getattr(torch, config.compute_dtype)
@@ -138,6 +139,7 @@ class Trainer:
             execution.pass_rows, execution.gather_again,
         )  # fmt: skip
         self.processes.spread(self.model, self.dtype)
+        self.processes.fill(self.model, weights)
         self.trained = trained(self.model)
         self.named = nn.ParameterDict(
             {_attribute(name): nn.Parameter(own(weight.detach()), False) for name, weight in self.trained.items()}
@@ -418,6 +420,21 @@ class Trainer:
                 set_aside(newer)
         trim_log(self.out, manifest["step"])
         return folder, manifest["step"]
+
+
+def _first_model(config: TrainConfig, processes: Processes) -> tuple[MMDiT, dict[str, Tensor]]:
+    """The model that a run begins with. Among many processes the first alone makes it, in CPU memory: its weights come
+    beside a model without values, to be filled once it is spread."""
+    if processes.count == 1:
+        return starting_model(config, processes.device, checked=True), {}
+    weights: dict[str, Tensor] = {}
+
+    def make() -> dict[str, tuple[torch.dtype, bool]]:
+        model = starting_model(config, checked=True)
+        weights.update(model.state_dict())
+        return kinds_of(model)
+
+    return empty_model(config, processes.once(make)), weights
 
 
 def _like(weight: Tensor, local: Tensor) -> Tensor:

@@ -148,6 +148,24 @@ def starting_model(
     return model
 
 
+def kinds_of(model: MMDiT) -> dict[str, tuple[torch.dtype, bool]]:
+    """(dtype, whether it is trained) of every weight."""
+    return {name: (weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()}
+
+
+def empty_model(config: TrainConfig, kinds: dict[str, tuple[torch.dtype, bool]]) -> MMDiT:
+    """The model of `starting_model` without values, on the meta device; `kinds` as `kinds_of` found them."""
+    with torch.device("meta"):
+        model = build(config.model)
+        if config.lora:
+            add_lora(model, config.lora)
+    for name, (dtype, is_trained) in kinds.items():
+        place, _, leaf = name.rpartition(".")
+        empty = torch.empty_like(model.get_parameter(name), dtype=dtype)
+        setattr(model.get_submodule(place), leaf, nn.Parameter(empty, is_trained))
+    return model
+
+
 def _base_of(config: TrainConfig, base: str | Path | None) -> str | Path | None:
     """Where the weights lie that a run starts from: `init`, or `base` where it is what low-rank changes stand on.
     ValueError where neither holds what they were trained beside."""

@@ -18,6 +18,7 @@ from lct.data.video import read_video, write_video
 from lct.direct.board import Board, Settings
 from lct.direct.studio import Studio
 from lct.direct.terminal import act, actions
+from lct.model.config import Memory
 from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive
 from lct.train.runs import run
@@ -103,6 +104,38 @@ def test_a_take_is_what_the_sampler_makes_of_its_inputs(studio, weights):
         latents = torch.from_numpy(shown(studio, i + 1))
         patches = latents.reshape(2, 2, 4, 2, 4, 3).permute(0, 1, 3, 2, 4, 5).reshape(8, 48)
         torch.testing.assert_close(patches, rows, atol=1e-5, rtol=1e-5)
+
+
+def test_where_a_history_is_kept_changes_no_take_and_eight_bits_do(studio, weights):
+    studio.make(all=True)
+    before, plain = hashes(studio.folder / "boards"), [shown(studio, shot) for shot in (1, 2, 3)]
+    scattered = studio.open(studio.folder, {}, memory=Memory("cpu", layered=True))
+    assert hashes(studio.folder / "boards") == before
+    shutil.rmtree(studio.folder / "takes")
+    (studio.folder / "takes").mkdir()
+    board = scattered.board
+    scattered._write_board(replace(board, cards=tuple(replace(card, take=None) for card in board.cards)))
+    scattered.make(all=True)
+    assert [card.take for card in scattered.board.cards] == [card.take for card in board.cards]
+    for shot, latents in enumerate(plain, 1):
+        np.testing.assert_allclose(shown(scattered, shot), latents, atol=1e-5)
+    small = studio.open(studio.folder, {"fp8": True})
+    assert states(small) == ["stale"] * 3
+    small.refresh()
+    error = np.abs(shown(small, 3) - plain[2]).max()
+    assert 1e-5 < error < 0.1
+    studio.open(studio.folder, {"fp8": False})
+    assert states(studio) == ["stale"] * 3
+    studio.refresh()
+    assert [card.take for card in studio.board.cards] == [card.take for card in board.cards]  # found again
+
+
+def test_weights_that_keep_no_history_say_so(tmp_path):
+    write_scene(tmp_path / "scene", SCENE)
+    both = settings(small_weights(tmp_path, "bidirectional"), fp8=True)
+    studio = Studio.begin(tmp_path / "scene", tmp_path / "project", both)
+    with pytest.raises(ValueError, match="only context-causal weights do"):
+        studio.make()
 
 
 def test_rerolling_leaves_every_other_file_untouched_and_marks_what_saw_it(studio):

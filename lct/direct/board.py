@@ -25,6 +25,7 @@ class Settings:
     """How takes are made: part of every take's inputs, but for where things lie.
 
     digest, parts  hashes of the weights, and of text encoders and VAE where a pipeline is named
+    fp8            keys and values of what a shot sees are kept in 8 bits, see `Memory`
     """
 
     weights: str
@@ -34,6 +35,7 @@ class Settings:
     history_guidance: float = 1.0
     history_time: float = 0.1
     dtype: str | None = None
+    fp8: bool | None = None
     pipeline: str | None = None
     parts: str | None = None
 
@@ -166,7 +168,9 @@ class Board:
                 f"shot {index + 1} sees shot {missing[0]}, of which there is no take; `make {missing[0]}`, "
                 f"or choose with `sees {index + 1} …`"
             )
-        settings = {k: v for k, v in asdict(self.settings).items() if k not in PLACES and v is not None}
+        settings = {
+            k: v for k, v in asdict(self.settings).items() if k not in PLACES and v is not None and v is not False
+        }
         return {
             "shot": card.name,
             "prompt": shot_prompt(card.prompt, card.cut),

@@ -7,6 +7,7 @@ from typing import Any
 
 from lct.direct.board import Settings
 from lct.direct.studio import BOARDS, Studio
+from lct.model.config import Memory
 from lct.pretrained.pipeline import INDEX, Pipeline
 from lct.train.weights import config_of, digest_of
 
@@ -18,12 +19,15 @@ def open_studio(
     fps: float | None = None,
     device: str = "cpu",
     impl: str = "auto",
+    history_device: str | None = None,
+    layered: bool = False,
     **settings: float | str | None,
 ) -> Studio:
     """The project of a scene, made where there is none.
 
     scene     a scene file, its folder, or the project itself; `project` is SCENE-direct beside it by default
     settings  fields of `Settings`; those that are not None change a project's
+    history_device, layered  see `Memory`
 
     ValueError where a project is to be made and no weights are named.
     """
@@ -36,9 +40,10 @@ def open_studio(
             changes.setdefault("pipeline", weights)
     if "pipeline" in changes:
         changes["parts"] = Pipeline(changes["pipeline"]).digest
+    machine = {"device": device, "impl": impl, "memory": Memory(history_device, layered=layered), "report": print}
     if (project / BOARDS).is_dir():
-        return Studio.open(project, changes, device=device, impl=impl, report=print)
+        return Studio.open(project, changes, **machine)
     if weights is None:
         raise ValueError(f"weights: expected those to begin {project} with; add --weights FILE")
     context = config_of(weights).data.shots
-    return Studio.begin(scene, project, Settings(**changes), fps, context, device=device, impl=impl, report=print)
+    return Studio.begin(scene, project, Settings(**changes), fps, context, **machine)

@@ -27,6 +27,7 @@ from lct.data.scenes import shot_prompt, single_prompt
 from lct.data.video import CONTAINERS, read_video, video_package, write_video
 from lct.direct.board import Board, Card, Inputs, Settings, take_name
 from lct.draw import contact_sheet
+from lct.model.config import AS_IT_IS, Memory
 from lct.pretrained.pipeline import Pipeline
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
 from lct.sample.files import DEFAULT_FPS, codec_of
@@ -47,10 +48,18 @@ class Studio:
 
     folder  of a project that `begin` made
     report  told of every take as it is made
+    memory  where and how the keys and values of what a shot sees are kept; whether in 8 bits the settings say
     """
 
-    def __init__(self, folder: str | Path, device: str = "cpu", impl: str = "auto", report: Report = lambda line: None):
-        self.folder, self.device, self.impl, self.report = Path(folder), device, impl, report
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str = "cpu",
+        impl: str = "auto",
+        report: Report = lambda line: None,
+        memory: Memory = AS_IT_IS,
+    ):
+        self.folder, self.device, self.impl, self.report, self.memory = Path(folder), device, impl, report, memory
         if not (self.folder / BOARDS).is_dir():
             raise ValueError(
                 f"{self.folder}: expected a director's project; begin one with lct direct SCENE --weights …"
@@ -405,9 +414,13 @@ class Studio:
         if parts is not None:
             parts.prepare([shared or "", prompt, *(shot.prompt for shot in history), ""])
         new = ShotRequest(prompt, size_in_patches(size, patch), card.seed)
+        memory = replace(self.memory, fp8=bool(s.fp8))
+        kept = None if memory == AS_IT_IS else memory
         if config.visibility == "context_causal":
             request = SceneRequest(shared, (*history, new))
-            rows = autoregressive(model, [request], sampling, impl=self.impl)[0][-1]
+            rows = autoregressive(model, [request], sampling, impl=self.impl, memory=kept)[0][-1]
+        elif kept is not None:
+            raise ValueError(f"fp8, layered, history_device: {s.weights} keep nothing, only context-causal weights do")
         else:  # a shot may see what comes after it: given shots 1 and 3, make 2
             before = tuple(shot for i, shot in zip(seen, history, strict=True) if i < index)
             after = tuple(shot for i, shot in zip(seen, history, strict=True) if i > index)

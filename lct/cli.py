@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lct.model.config import AS_IT_IS, Memory
+from lct.model.config import Memory
 from lct.train.config import TrainConfig
 from lct.train.execution import HERE, Execution
 from lct.train.runs import RUNS, run
@@ -106,6 +106,9 @@ class TrainCommand:
                 sample_scene(model, scene, folder, sampling, c.visibility, **options)
 
         return sample
+
+
+AS_IT_IS = Memory()
 
 
 def train(run: tyro.conf.Positional[str]) -> None:
@@ -244,11 +247,9 @@ class DirectCommand:
     dtype: str | None = None
     """Of the streams and text encoders, such as bfloat16; the weights' own by default."""
     fp8: bool | None = None
-    """Keys and values of what a shot sees in 8 bits, half of what bf16 takes."""
+    """Keep keys and values of what a shot sees in 8 bits; stays with the project until it is turned off."""
     history_device: str | None = None
-    """Where they lie, such as cpu beside a model on a GPU; with the model by default."""
-    layered: bool = False
-    """Copy them block by block in every step, and not at once: for models whose history does not fit beside them."""
+    """Keep them there, such as on cpu beside a model on a GPU; the model's own device by default."""
     pipeline: str | None = None
     """Folder of a diffusers pipeline, for weights tuned from its transformer: its text encoders and VAE."""
     device: str = "cpu"

@@ -25,7 +25,7 @@ class Settings:
     """How takes are made: part of every take's inputs, but for where things lie.
 
     digest, parts  hashes of the weights, and of text encoders and VAE where a pipeline is named
-    fp8            keys and values of what a shot sees are kept in 8 bits, see `Memory`
+    fp8            keys and values of what a shot sees are kept in 8 bits
     """
 
     weights: str
@@ -35,7 +35,7 @@ class Settings:
     history_guidance: float = 1.0
     history_time: float = 0.1
     dtype: str | None = None
-    fp8: bool | None = None
+    fp8: bool = False
     pipeline: str | None = None
     parts: str | None = None
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from lct.direct.board import Settings
 from lct.direct.studio import BOARDS, Studio
-from lct.model.config import Memory
 from lct.pretrained.pipeline import INDEX, Pipeline
 from lct.train.weights import config_of, digest_of
 
@@ -20,14 +19,13 @@ def open_studio(
     device: str = "cpu",
     impl: str = "auto",
     history_device: str | None = None,
-    layered: bool = False,
     **settings: float | str | None,
 ) -> Studio:
     """The project of a scene, made where there is none.
 
     scene     a scene file, its folder, or the project itself; `project` is SCENE-direct beside it by default
     settings  fields of `Settings`; those that are not None change a project's
-    history_device, layered  see `Memory`
+    history_device  see `Studio`
 
     ValueError where a project is to be made and no weights are named.
     """
@@ -40,7 +38,7 @@ def open_studio(
             changes.setdefault("pipeline", weights)
     if "pipeline" in changes:
         changes["parts"] = Pipeline(changes["pipeline"]).digest
-    machine = {"device": device, "impl": impl, "memory": Memory(history_device, layered=layered), "report": print}
+    machine = {"device": device, "impl": impl, "history_device": history_device, "report": print}
     if (project / BOARDS).is_dir():
         return Studio.open(project, changes, **machine)
     if weights is None:

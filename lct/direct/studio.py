@@ -27,12 +27,12 @@ from lct.data.scenes import shot_prompt, single_prompt
 from lct.data.video import CONTAINERS, read_video, video_package, write_video
 from lct.direct.board import Board, Card, Inputs, Settings, take_name
 from lct.draw import contact_sheet
-from lct.model.config import AS_IT_IS, Memory
+from lct.model.config import Memory
 from lct.pretrained.pipeline import Pipeline
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
 from lct.sample.files import DEFAULT_FPS, codec_of
 from lct.sample.select import CONTEXT, choose
-from lct.train.weights import config_of, digest_of, load_model
+from lct.train.weights import available, config_of, digest_of, load_model
 
 BOARDS, TAKES = "boards", "takes"
 TAKE, LATENTS, FILM, SHEET = "take.json", "latents.safetensors", "shot.mp4", "sheet.png"
@@ -48,7 +48,7 @@ class Studio:
 
     folder  of a project that `begin` made
     report  told of every take as it is made
-    memory  where and how the keys and values of what a shot sees are kept; whether in 8 bits the settings say
+    history_device  where keys and values of what a shot sees are kept; None: with the model
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class Studio:
         device: str = "cpu",
         impl: str = "auto",
         report: Report = lambda line: None,
-        memory: Memory = AS_IT_IS,
+        history_device: str | None = None,
     ):
-        self.folder, self.device, self.impl, self.report, self.memory = Path(folder), device, impl, report, memory
+        self.folder, self.device, self.impl, self.report = Path(folder), device, impl, report
+        self.history_device = None if history_device is None else str(available(history_device))
         if not (self.folder / BOARDS).is_dir():
             raise ValueError(
                 f"{self.folder}: expected a director's project; begin one with lct direct SCENE --weights …"
@@ -100,8 +101,10 @@ class Studio:
         studio = cls(folder, **options)
         board = studio.board
         settings = replace(board.settings, **changes)
+        if studio.history_device is not None:
+            studio._check_settings(settings)
         if settings != board.settings:
-            if {"weights", "pipeline"} & changes.keys():
+            if {"weights", "pipeline", "fp8"} & changes.keys():
                 studio._check_settings(settings)
             codec_of(board.codec, folder, studio._pipeline(settings))
             studio._write_board(replace(board, settings=settings, action=f"settings {' '.join(changes)}"))
@@ -414,13 +417,9 @@ class Studio:
         if parts is not None:
             parts.prepare([shared or "", prompt, *(shot.prompt for shot in history), ""])
         new = ShotRequest(prompt, size_in_patches(size, patch), card.seed)
-        memory = replace(self.memory, fp8=bool(s.fp8))
-        kept = None if memory == AS_IT_IS else memory
         if config.visibility == "context_causal":
             request = SceneRequest(shared, (*history, new))
-            rows = autoregressive(model, [request], sampling, impl=self.impl, memory=kept)[0][-1]
-        elif kept is not None:
-            raise ValueError(f"fp8, layered, history_device: {s.weights} keep nothing, only context-causal weights do")
+            rows = autoregressive(model, [request], sampling, impl=self.impl, memory=self._memory(s))[0][-1]
         else:  # a shot may see what comes after it: given shots 1 and 3, make 2
             before = tuple(shot for i, shot in zip(seen, history, strict=True) if i < index)
             after = tuple(shot for i, shot in zip(seen, history, strict=True) if i > index)
@@ -439,13 +438,24 @@ class Studio:
 
     def _check_settings(self, settings: Settings) -> None:
         """ValueError where weights and pipeline do not belong together, before anything is written."""
-        config, parts = config_of(settings.weights).model, self._pipeline(settings)
+        config, parts = config_of(settings.weights), self._pipeline(settings)
+        if self._memory(settings) is not None and config.visibility != "context_causal":
+            raise ValueError(
+                f"fp8, history_device: {settings.weights} keep no history, only weights tuned with context_causal do; "
+                "leave both out, or turn 8 bits off with --fp8 False"
+            )
         if parts is not None:
-            parts.check(config)
-        elif not config.vocabulary:
+            parts.check(config.model)
+        elif not config.model.vocabulary:
             raise ValueError(
                 f"pipeline: {settings.weights} reads features of a pipeline's text encoders; name its folder"
             )
+
+    def _memory(self, settings: Settings) -> Memory | None:
+        """Of what a shot sees. A pool beside a whole context would be kept twice: contexts are made block by block."""
+        if self.history_device is None and not settings.fp8:
+            return None
+        return Memory(self.history_device, settings.fp8, layered=True)
 
     def _model(self, settings: Settings):
         key = (settings.digest, settings.pipeline)

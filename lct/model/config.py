@@ -163,8 +163,6 @@ class Memory:
     """Make the context of a block when it runs, in every step, in one of two buffers, and not once for all blocks."""
 
 
-AS_IT_IS = Memory()
-
 FAMILIES: dict[str, type[ModelConfig]] = {"mmdit": ModelConfig, "hunyuan": HunyuanConfig, "wan": WanConfig}
 
 

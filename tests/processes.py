@@ -151,25 +151,60 @@ def gradients(out: str, execution: str = "{}", changes: str = "{}") -> None:
         save_file({k: v.contiguous() for k, v in found.items()}, Path(out) / "gradients.safetensors")
 
 
-def begins(out: str, changes: str) -> None:
-    """The first process alone makes the model, whose weights then lie on both, bit for bit and half on each."""
+def begins(execution: str, changes: str) -> None:
+    """The first process alone makes the model, whose weights then lie on all, bit for bit, a part on each; where a
+    checkpoint will fill them nobody makes any."""
     from lct.train import trainer
-    from lct.train.processes import own
-    from lct.train.weights import kinds_of, starting_model
+    from lct.train.execution import Execution
+    from lct.train.processes import Processes, own
+    from lct.train.weights import Shape, settled, starting_model
 
     made = []
     trainer.starting_model = lambda *arguments, **options: made.append(1) or starting_model(*arguments, **options)
-    config = config_of(changes)
-    begun = trainer.Trainer(config, out)
-    assert len(made) == begun.processes.first, made
+    config = settled(config_of(changes))
+    processes = Processes(Execution(**json.loads(execution)))
     expected = starting_model(config, checked=True)
-    assert kinds_of(begun.model) == kinds_of(expected)
-    weights = begun.model.state_dict()
-    assert weights.keys() == expected.state_dict().keys()
-    for name, weight in expected.state_dict().items():
-        assert torch.equal(weights[name].full_tensor(), weight), name
-    parts = sum(own(weight).numel() for weight in weights.values())
-    assert parts <= 0.55 * expected.parameter_count()
+    for resumed in (False, True):
+        model, weights = trainer._first_model(config, processes, resumed and not config.lora)
+        assert len(made) == processes.first, made
+        assert Shape.of(model) == Shape.of(expected)
+        if resumed and not config.lora:
+            assert not weights
+        processes.spread(model, torch.float32)
+        processes.fill(model, weights)
+        spread = model.state_dict()
+        parts = sum(own(weight).numel() for weight in spread.values())
+        assert parts <= 1.1 * expected.parameter_count() * processes.execution.replicate / processes.count
+        if resumed:
+            break
+        assert not weights and spread.keys() == expected.state_dict().keys()
+        for name, weight in expected.state_dict().items():
+            assert torch.equal(spread[name].full_tensor(), weight), name
+        if config.lora:
+            break
+
+
+def cannot_begin(out: str, changes: str) -> None:
+    """What the first process finds wrong with the weights is raised on all, and nobody else looked."""
+    from lct.train import trainer
+
+    looked, start = [], trainer.starting_model
+    trainer.starting_model = lambda *arguments, **options: looked.append(1) or start(*arguments, **options)
+    if json.loads(changes).get("init") is None:
+
+        def breaks(*arguments, **options):
+            raise KeyError("something unforeseen")
+
+        trainer.starting_model = breaks
+    try:
+        trainer.Trainer(config_of(changes), out)
+    except (OSError, KeyError, RuntimeError) as error:
+        first = torch.distributed.get_rank() == 0
+        assert "gone.safetensors: no such file" in str(error) or "something unforeseen" in str(error), error
+        assert isinstance(error, OSError) or isinstance(error, KeyError) == first
+        assert len(looked) == (first and isinstance(error, OSError))
+        return
+    raise AssertionError("expected an error")
 
 
 def slow(out: str, phase: str) -> None:

@@ -14,6 +14,7 @@ from lct.cli import main
 from lct.layout import SceneLayout, Shot
 from lct.model.families import build
 from lct.model.shared import share_rows
+from lct.pretrained.files import save
 from lct.train.checkpoint import newest_whole, read_whole
 from lct.train.weights import load_model, save_weights
 
@@ -167,18 +168,28 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
     assert done.returncode and "expected a product that divides 2 processes, got 1 · 3" in done.stderr
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": 2, "init": "base"}], ids=["new", "low rank"])
-def test_the_first_process_alone_makes_the_model(changes, tmp_path):
-    save_weights(tmp_path / "base.safetensors", build(small().model).state_dict(), small())
-    if "init" in changes:
-        changes = changes | {"init": str(tmp_path / "base.safetensors")}
-    start(2, "begins", tmp_path / "run", json.dumps(changes))
+BEGINNINGS = {
+    "new": ({}, {}),
+    "replicated": ({}, {"replicate": 2, "compile": True}),
+    "low rank": ({"lora": 2, "init": "ours"}, {}),
+    "low rank beside half precision": ({"lora": 2, "init": "wan"}, {}),
+}
 
 
-def test_what_is_wrong_with_the_first_weights_is_said_to_all(tmp_path):
-    changes = json.dumps({"init": str(tmp_path / "gone.safetensors")})
-    done = start(2, "train", tmp_path / "run", "{}", changes, check=False, timeout=60)
-    assert done.returncode and done.stderr.count("gone.safetensors: no such file; name a .safetensors file") >= 2
+@pytest.mark.parametrize(("changes", "execution"), BEGINNINGS.values(), ids=BEGINNINGS)
+def test_the_first_process_alone_makes_the_model(changes, execution, tmp_path):
+    if changes.get("init") == "ours":
+        save_weights(tmp_path / "ours.safetensors", build(small().model).state_dict(), small())
+        changes = changes | {"init": str(tmp_path / "ours.safetensors")}
+    elif changes.get("init") == "wan":
+        open_models = pytest.importorskip("open_models")
+        changes = changes | {"init": str(save(open_models.ours("wan").bfloat16(), tmp_path / "wan"))}
+    start(4 if execution.get("replicate") else 2, "begins", json.dumps(execution), json.dumps(changes))
+
+
+@pytest.mark.parametrize("init", ["gone.safetensors", None])
+def test_what_is_wrong_with_the_first_weights_is_said_to_all(init, tmp_path):
+    start(2, "cannot_begin", tmp_path, json.dumps({"init": init and str(tmp_path / init)}), timeout=60)
 
 
 def torchrun(*words: object) -> subprocess.CompletedProcess:

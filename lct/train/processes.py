@@ -99,15 +99,19 @@ class Processes:
 
     def once(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on the first process, which alone does it; what it raises is raised on all."""
-        value: Any = None
+        told: Any = None
+        mine: Exception | None = None
         if self.first:
             try:
-                value = (work(), None)
-            except (ValueError, OSError) as error:
-                value = (None, error)
-        result, failure = self.told(value)
+                told = (work(), None)
+            except Exception as error:
+                mine = error
+                # others may not be made again from their words
+                plain = isinstance(error, (ValueError, OSError))
+                told = (None, error if plain else RuntimeError(f"the first process: {error!r}"))
+        result, failure = self.told(told)
         if failure is not None:
-            raise failure
+            raise mine or failure
         return result
 
     def leave(self) -> None:
@@ -154,13 +158,14 @@ class Processes:
 
     def fill(self, model: MMDiT, weights: dict[str, Tensor]) -> None:
         """Give a model without values, once it is spread, those that the first process has, a weight at a time, and let
-        go of them. Alone there is nothing to give."""
+        go of them; where it has none, memory alone. A process that is the only one has nothing to do."""
         if self.count == 1:
             return
         model.to_empty(device=self.device)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
-        weights.clear()
+        if self.told(bool(weights)):
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
+            weights.clear()
 
     def begin_pass(self, model: nn.Module, last: bool) -> None:
         """Before each pass of a step: whether gradients are summed, and weights given back, behind it."""

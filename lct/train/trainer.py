@@ -26,6 +26,7 @@ from lct.data.stored import Damaged
 from lct.data.toy import ToyScenes
 from lct.layout import Geometry
 from lct.model.cost import peak_flops
+from lct.model.families import build
 from lct.model.flow import logit_normal, noised, shift_time, shot_losses, shot_shift
 from lct.model.mmdit import MMDiT
 from lct.model.text import Finished
@@ -47,7 +48,7 @@ from lct.train.interrupts import Interrupts, Stopped, abandoned_when
 from lct.train.processes import Processes, is_lost, own
 from lct.train.record import NOISE_LEVELS, Log, StepRecord, memory, trim_log
 from lct.train.steps import StepData, Steps, reading
-from lct.train.weights import assign_weights, empty_model, kinds_of, settled, starting_model, trained
+from lct.train.weights import Shape, assign_weights, empty_model, settled, starting_model, trained
 
 MOST_SKIPPED = 5  # steps in a row that are not finite before a run gives up
 
@@ -128,9 +129,10 @@ class Trainer:
         self.device = self.processes.device
         self.dataset = dataset(config, execution.damaged == "skip")
         encoder = None if config.model.vocabulary else _features(config, self.dataset)
-        resumed = checkpoints(self.out) and not config.lora  # which need the weights that they were trained beside
+        # Low-rank changes need the weights that they were trained beside.
+        resumed = self.processes.once(lambda: bool(checkpoints(self.out)) and not config.lora)
         start = replace(config, init=None) if resumed else config
-        self.model, weights = _first_model(start, self.processes)
+        self.model, weights = _first_model(start, self.processes, resumed)
         if encoder is not None:
             self.model.text_encoder = encoder
         self.dtype = getattr(torch, config.compute_dtype)
@@ -422,19 +424,22 @@ class Trainer:
         return folder, manifest["step"]
 
 
-def _first_model(config: TrainConfig, processes: Processes) -> tuple[MMDiT, dict[str, Tensor]]:
+def _first_model(config: TrainConfig, processes: Processes, resumed: bool) -> tuple[MMDiT, dict[str, Tensor]]:
     """The model that a run begins with. Among many processes the first alone makes it, in CPU memory: its weights come
-    beside a model without values, to be filled once it is spread."""
+    beside a model without values, to be filled once it is spread. What a checkpoint will fill is not made at all."""
     if processes.count == 1:
         return starting_model(config, processes.device, checked=True), {}
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}  # stay here: what `once` returns goes to all
 
-    def make() -> dict[str, tuple[torch.dtype, bool]]:
+    def make() -> Shape:
+        if resumed:
+            with torch.device("meta"):
+                return Shape.of(build(config.model))
         model = starting_model(config, checked=True)
         weights.update(model.state_dict())
-        return kinds_of(model)
+        return Shape.of(model, config.lora)
 
-    return empty_model(config, processes.once(make)), weights
+    return empty_model(processes.once(make)), weights
 
 
 def _like(weight: Tensor, local: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -148,18 +149,25 @@ def starting_model(
     return model
 
 
-def kinds_of(model: MMDiT) -> dict[str, tuple[torch.dtype, bool]]:
-    """(dtype, whether it is trained) of every weight."""
-    return {name: (weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()}
+class Shape(NamedTuple):
+    """Of a model, all but its values: configuration, rank of low-rank changes, and (dtype, trained) of every weight."""
+
+    config: ModelConfig
+    lora: int
+    weights: dict[str, tuple[torch.dtype, bool]]
+
+    @classmethod
+    def of(cls, model: MMDiT, lora: int = 0) -> Shape:
+        return cls(model.config, lora, {n: (w.dtype, w.requires_grad) for n, w in model.named_parameters()})
 
 
-def empty_model(config: TrainConfig, kinds: dict[str, tuple[torch.dtype, bool]]) -> MMDiT:
-    """The model of `starting_model` without values, on the meta device; `kinds` as `kinds_of` found them."""
+def empty_model(shape: Shape) -> MMDiT:
+    """A model of this shape without values, on the meta device."""
     with torch.device("meta"):
-        model = build(config.model)
-        if config.lora:
-            add_lora(model, config.lora)
-    for name, (dtype, is_trained) in kinds.items():
+        model = build(shape.config)
+        if shape.lora:
+            add_lora(model, shape.lora)
+    for name, (dtype, is_trained) in shape.weights.items():
         place, _, leaf = name.rpartition(".")
         empty = torch.empty_like(model.get_parameter(name), dtype=dtype)
         setattr(model.get_submodule(place), leaf, nn.Parameter(empty, is_trained))

@@ -261,6 +261,11 @@ PLANTED = {  # what stands in the kernel, what to write instead, what is found (
         DIFFERENT,
     ),
     "a block that leaves": ("if (kCluster > 1) cluster_sync();\n  }", "}", "has ended"),
+    "a copy that nobody awaits": (
+        "consume(group - 1);",
+        "consume(group - 1);\n if (thread_index() == 128) copy_box(m_.k[0], &k_, &m_.k_full[0], 0, 0, 0);",
+        "before its copies have arrived",
+    ),
     "values past the end": ("if (count < kKeys) zero_values(stage, count, group);", "", NAN),
     "zeros without a fence": ("fence_async();", "", "did not fence"),
     "zeros without a meeting": ("named_sync(kZeroed + group, 128);", "", NAN),

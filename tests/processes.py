@@ -164,24 +164,19 @@ def begins(execution: str, changes: str) -> None:
     config = settled(config_of(changes))
     processes = Processes(Execution(**json.loads(execution)))
     expected = starting_model(config, checked=True)
-    for resumed in (False, True):
-        model, weights = trainer._first_model(config, processes, resumed and not config.lora)
-        assert len(made) == processes.first, made
-        assert Shape.of(model) == Shape.of(expected)
-        if resumed and not config.lora:
-            assert not weights
-        processes.spread(model, torch.float32)
-        processes.fill(model, weights)
-        spread = model.state_dict()
-        parts = sum(own(weight).numel() for weight in spread.values())
-        assert parts <= 1.1 * expected.parameter_count() * processes.execution.replicate / processes.count
-        if resumed:
-            break
-        assert not weights and spread.keys() == expected.state_dict().keys()
-        for name, weight in expected.state_dict().items():
-            assert torch.equal(spread[name].full_tensor(), weight), name
-        if config.lora:
-            break
+    model, weights = trainer._first_model(config, processes, resumed=False)
+    assert len(made) == processes.first and Shape.of(model) == Shape.of(expected)
+    processes.spread(model, torch.float32)
+    processes.fill(model, weights)
+    spread = model.state_dict()
+    assert not weights and spread.keys() == expected.state_dict().keys()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(spread[name].full_tensor(), weight), name
+    parts = sum(own(weight).numel() for weight in spread.values())
+    assert parts <= 1.1 * expected.parameter_count() * processes.execution.replicate / processes.count
+    if not config.lora:
+        again, weights = trainer._first_model(config, processes, resumed=True)
+        assert not weights and len(made) == processes.first and Shape.of(again) == Shape.of(expected)
 
 
 def cannot_begin(out: str, changes: str) -> None:

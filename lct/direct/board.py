@@ -168,9 +168,8 @@ class Board:
                 f"shot {index + 1} sees shot {missing[0]}, of which there is no take; `make {missing[0]}`, "
                 f"or choose with `sees {index + 1} …`"
             )
-        settings = {
-            k: v for k, v in asdict(self.settings).items() if k not in PLACES and v is not None and v is not False
-        }
+        said = {k: v for k, v in asdict(self.settings).items() if v is not None and v is not False}  # 0 says something
+        settings = {k: v for k, v in said.items() if k not in PLACES}
         return {
             "shot": card.name,
             "prompt": shot_prompt(card.prompt, card.cut),

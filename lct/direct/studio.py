@@ -101,11 +101,10 @@ class Studio:
         studio = cls(folder, **options)
         board = studio.board
         settings = replace(board.settings, **changes)
-        if studio.history_device is not None:
+        changed = settings != board.settings
+        if studio.history_device is not None or (changed and {"weights", "pipeline", "fp8"} & changes.keys()):
             studio._check_settings(settings)
-        if settings != board.settings:
-            if {"weights", "pipeline", "fp8"} & changes.keys():
-                studio._check_settings(settings)
+        if changed:
             codec_of(board.codec, folder, studio._pipeline(settings))
             studio._write_board(replace(board, settings=settings, action=f"settings {' '.join(changes)}"))
         return studio

@@ -429,12 +429,12 @@ def _first_model(config: TrainConfig, processes: Processes, resumed: bool) -> tu
     beside a model without values, to be filled once it is spread. What a checkpoint will fill is not made at all."""
     if processes.count == 1:
         return starting_model(config, processes.device, checked=True), {}
+    if resumed:
+        with torch.device("meta"):
+            return build(config.model), {}
     weights: dict[str, Tensor] = {}  # stay here: what `once` returns goes to all
 
     def make() -> Shape:
-        if resumed:
-            with torch.device("meta"):
-                return Shape.of(build(config.model))
         model = starting_model(config, checked=True)
         weights.update(model.state_dict())
         return Shape.of(model, config.lora)

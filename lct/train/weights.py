@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,15 +61,21 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], TrainConfig]:
         # weights on the way to the paper's positions are used at the positions that they have come to
         config = replace(config, text_scale=config.text_scale_at(step), text_scale_start=None, text_scale_steps=0)
         return read_whole(folder, "ema"), config
+    with _shared(path) as (file, config):
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        scales = {name.removesuffix(SCALE): stored.pop(name) for name in list(stored) if name.endswith(SCALE)}
+        weights = {name: w.float() * scales[name] if name in scales else w for name, w in stored.items()}
+        return weights, config
+
+
+@contextmanager
+def _shared(path: Path) -> Iterator[tuple[Any, TrainConfig]]:
+    """An open file of `save_weights`, and the configuration in it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a .safetensors file or a checkpoint folder")
     try:
         with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            scales = {name.removesuffix(SCALE): stored.pop(name) for name in list(stored) if name.endswith(SCALE)}
-            weights = {name: w.float() * scales[name] if name in scales else w for name, w in stored.items()}
-            return weights, TrainConfig.from_dict(config)
+            yield file, TrainConfig.from_dict(json.loads((file.metadata() or {})["config"]))
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a weights file of this project, or a damaged one ({error!r})") from None
 
@@ -207,11 +215,14 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 
 def config_of(path: str | Path) -> TrainConfig:
-    """The configuration beside weights, without the weights of a checkpoint."""
+    """The configuration beside weights, which are not read."""
     if is_diffusers(path):
         return untuned(diffusers_config(path), shift_of(path))
     path = _resolved(path)
-    return load_weights(path)[1] if path.suffix == ".safetensors" else load_config(newest_whole(path, "none")[0])
+    if path.suffix != ".safetensors":
+        return load_config(newest_whole(path, "none")[0])
+    with _shared(path) as (_, config):
+        return config
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

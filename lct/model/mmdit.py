@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -211,6 +212,8 @@ class MMDiT(nn.Module):
             x_text = x_text[slice(*geometry.shared.text)]
         nowhere = [None] * len(self.blocks)
         caches = nowhere if cache is None else cache.at(cast(Tensor, geometry.slots))
+        # Blocks need rows alone, and where they are recomputed torch 2.11 compiles them for each number of shots.
+        geometry = replace(geometry, shots=())
         x_video = self.run_blocks(x_text, x_video, shots, geometry, zip(caches, pool or nowhere, strict=True), choice)
         shift, scale = self.last_modulation(shots).chunk(2, dim=-1)
         return self.video_out(modulate(x_video, shift, scale, geometry.streams.video_starts, choice.modulate))

@@ -58,7 +58,7 @@ def steps(out: Path, full: bool = False) -> list[Step]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--launch-timeout", "60", "--tool"]
     doctor = "import sys; from lct.cli import main; sys.exit(main(['doctor', '--validate']))"
     tests = [f"tests/test_{name}.py" for name in ("gpu", "native", "norm_rope", "cache", "modulate")]
-    workers = ["-n", "8", "--dist", "load"] if util.find_spec("xdist") else []
+    workers = ["-n", "8", "--dist", "loadgroup"] if util.find_spec("xdist") else []
     measure = [python, "bench/run.py", *([] if full else ["--quick"]), "--out", str(out)]
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun into the next tensor would be within bounds
     return [

@@ -246,9 +246,9 @@ class DirectCommand:
     """Frames a second of the films; the scene file's by default."""
     dtype: str | None = None
     """Of the streams and text encoders, such as bfloat16; the weights' own by default."""
-    fp8: bool | None = None
+    fp8: Annotated[bool | None, tyro.conf.arg(name="memory.fp8")] = None
     """Keep keys and values of what a shot sees in 8 bits; stays with the project until it is turned off."""
-    history_device: str | None = None
+    history_device: Annotated[str | None, tyro.conf.arg(name="memory.device")] = None
     """Keep them there, such as on cpu beside a model on a GPU; the model's own device by default."""
     pipeline: str | None = None
     """Folder of a diffusers pipeline, for weights tuned from its transformer: its text encoders and VAE."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_direct import SCENE, hashes, settings, shown, small_weights, states
 
+from lct.cli import main
 from lct.data.scenefile import write_scene
 from lct.direct.open import open_studio
 from lct.direct.studio import Studio
@@ -93,3 +94,13 @@ def test_the_options_of_a_history_reach_the_studio(studio):
     opened = open_studio(studio.folder, history_device="cpu", fp8=True)
     assert opened._memory(opened.board.settings) == Memory("cpu", fp8=True, layered=True)
     assert studio._memory(settings(Path(studio.board.settings.weights))) is None
+
+
+def test_a_command_names_them_as_sample_does(studio, capsys):
+    def status(*options):
+        return main(["direct", str(studio.folder), *options, "status"]), capsys.readouterr().err
+
+    assert status("--memory.fp8", "True", "--memory.device", "cpu") == (0, "")
+    assert studio.board.settings.fp8
+    code, said = status("--memory.device", "gpu")
+    assert code == 2 and "device: expected one of" in said

@@ -441,7 +441,7 @@ class Studio:
         if self._memory(settings) is not None and config.visibility != "context_causal":
             raise ValueError(
                 f"fp8, history_device: {settings.weights} keep no history, only weights tuned with context_causal do; "
-                "leave both out, or turn 8 bits off with --fp8 False"
+                "leave both out, or turn 8 bits off with --memory.fp8 False"
             )
         if parts is not None:
             parts.check(config.model)

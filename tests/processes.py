@@ -164,7 +164,7 @@ def begins(execution: str, changes: str) -> None:
     config = settled(config_of(changes))
     processes = Processes(Execution(**json.loads(execution)))
     expected = starting_model(config, checked=True)
-    model, weights = trainer._first_model(config, processes, resumed=False)
+    model, weights = trainer._first_model(config, processes, filled=False)
     assert len(made) == processes.first and Shape.of(model) == Shape.of(expected)
     processes.spread(model, torch.float32)
     processes.fill(model, weights)
@@ -175,7 +175,7 @@ def begins(execution: str, changes: str) -> None:
     parts = sum(own(weight).numel() for weight in spread.values())
     assert parts <= 1.1 * expected.parameter_count() * processes.execution.replicate / processes.count
     if not config.lora:
-        again, weights = trainer._first_model(config, processes, resumed=True)
+        again, weights = trainer._first_model(config, processes, filled=True)
         assert not weights and len(made) == processes.first and Shape.of(again) == Shape.of(expected)
 
 

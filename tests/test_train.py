@@ -371,5 +371,23 @@ def test_the_committed_weights_are_those_of_the_run_that_makes_them():
 
 def test_a_run_does_not_begin_anew_over_checkpoints(tmp_path):
     Trainer(small(steps=3), tmp_path).run()
-    with pytest.raises(ValueError, match="holds checkpoints; resume"):
-        Trainer(small(steps=3), tmp_path).run()
+    again = Trainer(small(steps=3), tmp_path)
+    for begin in (again.run, again.train_step):
+        with pytest.raises(ValueError, match="holds checkpoints; resume"):
+            begin()
+
+
+def test_no_weights_are_drawn_where_they_are_read(tmp_path):
+    """Of a large model that takes longer than reading them; torch's generator tells."""
+    Trainer(small(steps=3), tmp_path / "run").run()
+    weights, config = load_weights(tmp_path / "run")
+    save_weights(tmp_path / "shared.safetensors", weights, config)
+    state = torch.get_rng_state()
+    for path in (tmp_path / "run", tmp_path / "shared.safetensors"):
+        model, stored = load_model(path)[0], load_weights(path)[0]
+        assert all(torch.equal(weight, stored[name].float()) for name, weight in model.named_parameters())
+    assert Trainer(small(steps=3), tmp_path / "run").resume()
+    Trainer(small(steps=3, init=str(tmp_path / "run")), tmp_path / "next")
+    assert torch.equal(torch.get_rng_state(), state)
+    Trainer(small(steps=3), tmp_path / "new")
+    assert not torch.equal(torch.get_rng_state(), state)

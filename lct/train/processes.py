@@ -99,17 +99,17 @@ class Processes:
 
     def once(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on the first process, which alone does it; what it raises is raised on all."""
-        told: Any = None
+        outcome: Any = None
         mine: Exception | None = None
         if self.first:
             try:
-                told = (work(), None)
+                outcome = (work(), None)
             except Exception as error:
                 mine = error
                 # others may not be made again from their words
                 plain = isinstance(error, (ValueError, OSError))
-                told = (None, error if plain else RuntimeError(f"the first process: {error!r}"))
-        result, failure = self.told(told)
+                outcome = (None, error if plain else RuntimeError(f"the first process: {error!r}"))
+        result, failure = self.told(outcome)
         if failure is not None:
             raise mine or failure
         return result
@@ -158,8 +158,8 @@ class Processes:
 
     def fill(self, model: MMDiT, weights: dict[str, Tensor]) -> None:
         """Give a model without values, once it is spread, those that the first process has, a weight at a time, and let
-        go of them; where it has none, memory alone. A process that is the only one has nothing to do."""
-        if self.count == 1:
+        go of them; where it has none, memory alone."""
+        if not any(weight.is_meta for weight in model.parameters()):
             return
         model.to_empty(device=self.device)
         if self.told(bool(weights)):

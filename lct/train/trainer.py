@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,10 +129,9 @@ class Trainer:
         self.device = self.processes.device
         self.dataset = dataset(config, execution.damaged == "skip")
         encoder = None if config.model.vocabulary else _features(config, self.dataset)
-        # Low-rank changes need the weights that they were trained beside.
-        resumed = self.processes.once(lambda: bool(checkpoints(self.out)) and not config.lora)
-        start = replace(config, init=None) if resumed else config
-        self.model, weights = _first_model(start, self.processes, resumed)
+        self._unresumed = self.processes.once(lambda: bool(checkpoints(self.out)))  # then weights have no values yet
+        filled = self._unresumed and not config.lora  # low-rank changes need the weights that they were trained beside
+        self.model, weights = _first_model(config, self.processes, filled)
         if encoder is not None:
             self.model.text_encoder = encoder
         self.dtype = getattr(torch, config.compute_dtype)
@@ -177,6 +176,7 @@ class Trainer:
 
         data  where the step's data come from; None: read here
         """
+        self._check_resumed()
         began = time.perf_counter()
         read = self._agreed(self.steps[self.step] if data is None else next(data))
         waited = time.perf_counter() - began
@@ -258,8 +258,7 @@ class Trainer:
         row that are not finite, none of which changed the weights. OSError where a checkpoint cannot be written, or
         another process ended.
         """
-        if self.saved is None and self.processes.once(lambda: bool(checkpoints(self.out))):
-            raise ValueError(f"{self.out}: holds checkpoints; resume() goes on from them, or choose another folder")
+        self._check_resumed()
         log = Log(self.out, self.execution.tensorboard) if self.processes.first else None
         data = reading(self.steps, self.step, self.config.steps, self.execution.workers)
         try:
@@ -407,7 +406,12 @@ class Trainer:
                 state |= {f"{name}.{key}": value for key, value in values.items()}
         read_into(folder, "optimizer", state)
         self.step, self.saved, self.skipped = step, step, int(counts["skipped"])
+        self._unresumed = False
         return True
+
+    def _check_resumed(self) -> None:
+        if self._unresumed:
+            raise ValueError(f"{self.out}: holds checkpoints; resume() goes on from them, or choose another folder")
 
     def _found(self) -> tuple[Path, int] | None:
         """The checkpoint to go on from, and its step, after what an interrupted run left behind is removed."""
@@ -424,14 +428,14 @@ class Trainer:
         return folder, manifest["step"]
 
 
-def _first_model(config: TrainConfig, processes: Processes, resumed: bool) -> tuple[MMDiT, dict[str, Tensor]]:
+def _first_model(config: TrainConfig, processes: Processes, filled: bool) -> tuple[MMDiT, dict[str, Tensor]]:
     """The model that a run begins with. Among many processes the first alone makes it, in CPU memory: its weights come
     beside a model without values, to be filled once it is spread. What a checkpoint will fill is not made at all."""
-    if processes.count == 1:
-        return starting_model(config, processes.device, checked=True), {}
-    if resumed:
+    if filled:
         with torch.device("meta"):
             return build(config.model), {}
+    if processes.count == 1:
+        return starting_model(config, processes.device, checked=True), {}
     weights: dict[str, Tensor] = {}  # stay here: what `once` returns goes to all
 
     def make() -> Shape:

@@ -130,8 +130,7 @@ def load_model(
         assign_weights(trained(model), weights, path)
         merge_lora(model)
     else:
-        model = build(config.model)
-        assign_weights(trained(model), weights, path)
+        model = _with_weights(config.model, weights, path, device)
     return model.to(device).eval().requires_grad_(False), config
 
 
@@ -147,11 +146,11 @@ def starting_model(
     elif init is not None and (config.lora or config_of(init).lora):
         model = load_model(init, device, base)[0].train()
         model = model if config.lora else model.float().requires_grad_(True)
+    elif init is not None:
+        model = _with_weights(config.model, load_weights(init)[0], init, device)
     else:
         torch.manual_seed(config.seed)
         model = build(config.model).to(device)
-        if init is not None:
-            assign_weights(trained(model), load_weights(init)[0], init)
     if config.lora:
         add_lora(model, config.lora, seed=config.seed)
     return model
@@ -230,9 +229,28 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def _with_weights(
+    config: ModelConfig, weights: dict[str, Tensor], source: str | Path, device: str | torch.device
+) -> MMDiT:
+    """A model that has these weights, in fp32; they are let go of one by one, so that no more than one is there twice.
+    ValueError as in `assign_weights`."""
+    with torch.device("meta"):
+        model = build(config)
+    _check_fit(trained(model), weights, source)
+    own = {name: weights.pop(name).to(device, torch.float32, copy=True) for name in list(weights)}
+    model.load_state_dict(own, assign=True)
+    return model
+
+
 @torch.no_grad()
 def assign_weights(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
     """Copy weights into those of a model of the same shape; ValueError names what does not fit."""
+    _check_fit(own, weights, source)
+    for name, weight in weights.items():
+        own[name].copy_(weight)
+
+
+def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], source: str | Path) -> None:
     for name in own.keys() ^ weights.keys():
         what = "is not in the model" if name in weights else "is missing"
         raise ValueError(f"{source}: weight {name} {what}; the file belongs to another model configuration")
@@ -240,5 +258,3 @@ def assign_weights(own: dict[str, Tensor], weights: dict[str, Tensor], source: s
         if weight.shape != own[name].shape:
             expected, got = tuple(own[name].shape), tuple(weight.shape)
             raise ValueError(f"{source}: weight {name}: expected shape {expected}, got {got}; another configuration")
-    for name, weight in weights.items():
-        own[name].copy_(weight)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lct.model.config import Memory
+from lct.model.config import ComputeDtype, Memory
 from lct.train.config import TrainConfig
 from lct.train.execution import HERE, Execution
 from lct.train.runs import RUNS, run
@@ -138,7 +138,7 @@ def sample(
     history_time: tuple[float, ...] = (0.1,),
     keep: Literal["pass", "step"] = "pass",
     fps: float | None = None,
-    dtype: str | None = None,
+    dtype: ComputeDtype | None = None,
     device: str = "cpu",
     impl: str = "auto",
     pipeline: Path | None = None,
@@ -158,7 +158,7 @@ def sample(
             first, which is computed without a cache.
         keep: Keys and values of a finished shot: of a pass of their own, or of the denoising step nearest t_c.
         fps: Frames a second of the mp4 files; the scene file's by default.
-        dtype: Of the streams, such as bfloat16; the weights' own by default.
+        dtype: Of streams and weights of products, such as bfloat16; the weights' own by default.
         device: Such as cuda.
         impl: Attention implementation.
         pipeline: Folder of a diffusers pipeline, for weights tuned from its transformer, low-rank ones included: its
@@ -178,7 +178,7 @@ def sample(
         parts.check(config.model)
         shared, prompts = prompts_read(read_scene(scene), config.data.shots)
         parts.prepare([shared or "", *prompts, ""])
-    model, config = load_model(weights, device, pipeline)
+    model, config = load_model(weights, device, pipeline, dtype)
     options = {"guidance": guidance, "history_guidance": history_guidance, "history_time": history_time, "keep": keep}
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
     target = out or folder.with_name(f"{folder.name}-sample")
@@ -244,8 +244,8 @@ class DirectCommand:
     """t_c, the noise level of takes as history (§ 4.2)."""
     fps: float | None = None
     """Frames a second of the films; the scene file's by default."""
-    dtype: str | None = None
-    """Of the streams and text encoders, such as bfloat16; the weights' own by default."""
+    dtype: ComputeDtype | None = None
+    """Of streams, weights of products and text encoders, such as bfloat16; the weights' own by default."""
     fp8: Annotated[bool | None, tyro.conf.arg(name="memory.fp8")] = None
     """Keep keys and values of what a shot sees in 8 bits; stays with the project until it is turned off."""
     history_device: Annotated[str | None, tyro.conf.arg(name="memory.device")] = None

@@ -17,6 +17,7 @@ from lct.layout import SceneLayout
 from lct.model.config import ModelConfig, preset
 from lct.model.cost import PEAKS
 from lct.model.families import build
+from lct.model.layers import stream_weights
 from lct.model.lora import add_lora
 from lct.train.execution import Execution
 from lct.train.lengths import imbalances
@@ -63,6 +64,7 @@ def estimate(name: str, layout: SceneLayout, lora: int = 0) -> dict[str, float]:
     rows = layout.video_rows if c.cross else layout.rows
     attended = layout.videos if c.cross else layout
     parameters = model.parameter_count()
+    products = sum(model.get_parameter(name).numel() for name in stream_weights(model))
     forward, training = model.flops(layout), model.training_flops(layout)
     if lora:
         add_lora(model, lora)
@@ -83,6 +85,7 @@ def estimate(name: str, layout: SceneLayout, lora: int = 0) -> dict[str, float]:
         "in 8 bits": model.kv_bytes(rows, torch.float8_e4m3fn) + 8 * c.blocks * rows * c.kv_heads,
         "two blocks": model.kv_bytes(rows) * 2 / c.blocks,
         "weights": 4 * parameters,
+        "half weights": 4 * parameters - 2 * products,
         "training state": STATE * changed + (2 * parameters if lora else 0),
     }
 
@@ -226,7 +229,7 @@ def print_estimate(
                 f"{_bytes(e['keys and values'])} in bf16, all blocks; {_bytes(e['in 8 bits'])} in 8 bits",
             ),
             ("context by block", f"{_bytes(e['two blocks'])} on the GPU, of two blocks; the pool in CPU memory"),
-            ("weights", f"{_bytes(e['weights'])} in fp32"),
+            ("weights", f"{_bytes(e['weights'])} in fp32, {_bytes(e['half weights'])} with --dtype bfloat16"),
             ("trained", what),
             ("training state", f"{_bytes(e['training state'])}: {state}"),
             ("fits", ", ".join(f"{card}: {'yes' if fit else 'no'}" for card, fit in fits.items()) + "; recomputed"),
@@ -234,7 +237,10 @@ def print_estimate(
     )
     p = per_process(name, layout, mesh, lora)
     step = e["training"] / mesh.context
-    told = f"{mesh.processes} processes" if mesh.processes > 1 else "1 process"
+    told, first = f"{mesh.processes} processes" if mesh.processes > 1 else "1 process", []
+    if mesh.processes > 1:
+        whole = _bytes(e["weights"] / (2 if lora else 1))
+        first = [("at the start", f"{whole} in CPU memory of the first process, which makes or reads weights for all")]
     told += f", replicate {mesh.replicate}, context {mesh.context}, recompute {mesh.recompute}"
     console.print(
         _table(
@@ -242,7 +248,7 @@ def print_estimate(
             ("memory", f"{_bytes(sum(p[key] for key in HELD))}"),
             ("of it", ", ".join(f"{key} {_bytes(p[key])}" for key in HELD)),
             ("sent in a step", ", ".join(f"{key} {_bytes(p[key])}" for key in SENT)),
-            ("at the start", f"{_bytes(e['weights'])}: the model is built whole, in fp32, before it is sharded"),
+            *first,
             (
                 "step",
                 f"{step / rate:.3g} s at {tflops:g} TFLOP/s, {100 * rate / PEAK:.0f} % of what an H800 can do at most",

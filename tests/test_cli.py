@@ -396,11 +396,19 @@ def test_sample_wants_a_scene_a_new_folder_and_weights(refused, scene, weights, 
         ("--steps=0", "steps: expected at least 1, got 0"),
         ("--fps=0", "fps: expected a positive number"),
         ("--guidance=nan", "guidance: expected a finite number"),
-        ("--dtype=bf16", "dtype: expected one of ('float32', 'bfloat16'"),
-        ("--dtype=nn", "dtype: expected one of"),
         ("--device=tpu", "device: expected one of ['cpu'"),
     ):
         assert said in refused("sample", folder, "--weights", weights, option)
+
+
+@pytest.mark.parametrize("command", ["sample", "direct"])
+def test_a_dtype_that_is_none_is_said_before_anything_is_read(command, capsys, tmp_path):
+    for wrong in ("bf16", "nn"):
+        assert code_of([command, tmp_path / "gone", "--weights", tmp_path / "gone", f"--dtype={wrong}"]) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"invalid choice '{wrong}' for argument '--dtype'" in said and "'bfloat16'" in said and "gone" not in said
+        )
 
 
 def test_a_disk_that_fails_while_sampling_leaves_nothing(scene, weights, tmp_path, monkeypatch, capsys):

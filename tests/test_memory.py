@@ -1,5 +1,6 @@
 """Where history is kept changes nothing: cache, pool, CPU memory, block by block; 8 bits change little, and say so."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from lct import SceneLayout, Shot
 from lct.data.toy import ToyScenes
 from lct.model.cache import KVCache
 from lct.model.config import Memory, tiny
+from lct.model.layers import stream_weights
 from lct.model.pool import HistoryPool, LayeredContext
 from lct.model.text import Finished
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
-from lct.train.weights import load_model
+from lct.train.weights import load_model, save_weights
 
 WEIGHTS = Path(__file__).parents[1] / "bench" / "findings" / "weights" / "causal.safetensors"
 NAMES = ("mmdit", *TINY)
@@ -140,6 +142,32 @@ def test_a_layered_context_is_empty_after_rewinding():
     for rows in cache.at(torch.arange(5)):
         rows.values.fill_(9)
     assert [float(rows.values[0, 0, 0]) for rows in cache.at(torch.arange(5))] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_kept_in_half_precision_compute_the_same(name):
+    model = model_of(name).float()
+    half = deepcopy(model)
+    for weight in map(half.get_parameter, stream_weights(half)):
+        weight.data = weight.data.bfloat16()
+    sampling = Sampling(steps=2, guidance=2.0, dtype="bfloat16")
+    usual, small = (autoregressive(held, scenes(held), sampling) for held in (model, half))
+    assert same(usual, small)
+    assert sum(w.nbytes for w in half.parameters()) < 0.8 * sum(w.nbytes for w in model.parameters())
+
+
+def test_weights_are_kept_in_half_precision_where_streams_are_computed_in_it(tmp_path):
+    model, config = load_model(WEIGHTS)
+    products = set(stream_weights(model))
+    for stored in (torch.float32, torch.bfloat16):
+        save_weights(path := tmp_path / f"{stored}.safetensors", dict(model.state_dict()), config, stored)
+        small, same_config = load_model(path, dtype="bfloat16")
+        assert same_config == config
+        for name, weight in load_model(path, dtype="float32")[0].named_parameters():
+            kept = small.get_parameter(name)
+            assert weight.dtype == torch.float32
+            assert kept.dtype == (torch.bfloat16 if name in products else torch.float32)
+            assert torch.equal(kept, weight.to(kept.dtype))
 
 
 def test_eight_bits_on_trained_weights(capsys):

@@ -65,7 +65,7 @@ class Studio:
             raise ValueError(
                 f"{self.folder}: expected a director's project; begin one with lct direct SCENE --weights …"
             )
-        self._loaded: tuple[tuple[str, str | None], Any, Any] | None = None
+        self._loaded: tuple[tuple[str | None, ...], Any, Any] | None = None
         self._parts: Pipeline | None = None
         self._last = ""  # key of the board that this studio wrote last
 
@@ -457,11 +457,11 @@ class Studio:
         return Memory(self.history_device, settings.fp8, layered=True)
 
     def _model(self, settings: Settings):
-        key = (settings.digest, settings.pipeline)
+        key = (settings.digest, settings.pipeline, settings.dtype)
         if self._loaded is None or self._loaded[0] != key:
             if digest_of(settings.weights) != settings.digest:
                 raise ValueError(f"weights: {settings.weights} is no longer what this project began with; put it back")
-            model, config = load_model(settings.weights, self.device, settings.pipeline)
+            model, config = load_model(settings.weights, self.device, settings.pipeline, settings.dtype)
             parts = self._pipeline(settings)
             if parts is not None:
                 parts.speak_for(model)

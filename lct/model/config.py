@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from lct.kernels import NormRope
 
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+ComputeDtype = Literal["float32", "bfloat16", "float16", "float64"]
+COMPUTE_DTYPES: tuple[str, ...] = get_args(ComputeDtype)
 
 
 @dataclass(frozen=True)

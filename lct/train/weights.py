@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lct.data.atomic import new_file, sha256_of
 from lct.model.config import ModelConfig
 from lct.model.families import build
+from lct.model.layers import stream_weights
 from lct.model.lora import add_lora, merge_lora
 from lct.model.mmdit import MMDiT
 from lct.pretrained.files import digest_of as diffusers_digest
@@ -111,27 +112,38 @@ def available(device: str | torch.device) -> torch.device:
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", base: str | Path | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    base: str | Path | None = None,
+    dtype: str | None = None,
 ) -> tuple[MMDiT, TrainConfig]:
     """A model ready to sample from, and the configuration it was trained with; see `load_weights`. A transformer of
     diffusers is a model that knows single shots: its configuration is `untuned`.
 
-    base  where the weights lie that low-rank changes were trained beside and are merged into, of the first stage where
-          there were several; None: where they lay then
+    base   where the weights lie that low-rank changes were trained beside and are merged into, of the first stage where
+           there were several; None: where they lay then
+    dtype  in which streams will be computed, such as "bfloat16": where it is a half precision, weights that products
+           would cast to it anyway are kept in it. All others are fp32, those of diffusers as they lie
 
-    ValueError where those are other weights than the changes were trained beside.
+    ValueError where `base` has other weights than the changes were trained beside.
     """
     device = available(device)
+    half = getattr(torch, dtype) if dtype in ("bfloat16", "float16") else None
     if is_diffusers(path):
-        return load(path, device), config_of(path)
-    weights, config = load_weights(path)
-    if config.lora:
-        model = starting_model(config, device, base)
-        assign_weights(trained(model), weights, path)
-        merge_lora(model)
+        model, config = load(path, device), config_of(path)
     else:
-        model = _with_weights(config.model, weights, path, device)
-    return model.to(device).eval().requires_grad_(False), config
+        weights, config = load_weights(path)
+        if config.lora:
+            model = starting_model(config, device, base)
+            assign_weights(trained(model), weights, path)
+            merge_lora(model)
+        else:
+            model = _with_weights(config.model, weights, path, device, half)
+    model = model.to(device).eval().requires_grad_(False)
+    for name in stream_weights(model) if half else ():
+        weight = model.get_parameter(name)
+        weight.data = weight.data.to(half)
+    return model, config
 
 
 def starting_model(
@@ -230,14 +242,19 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _with_weights(
-    config: ModelConfig, weights: dict[str, Tensor], source: str | Path, device: str | torch.device
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    source: str | Path,
+    device: str | torch.device,
+    half: torch.dtype | None = None,
 ) -> MMDiT:
-    """A model that has these weights, in fp32; they are let go of one by one, so that no more than one is there twice.
-    ValueError as in `assign_weights`."""
+    """A model that has these weights, those of products in `half`, the rest in fp32; they are let go of one by one, so
+    that no more than one is there twice. ValueError as in `assign_weights`."""
     with torch.device("meta"):
         model = build(config)
     _check_fit(trained(model), weights, source)
-    own = {name: weights.pop(name).to(device, torch.float32, copy=True) for name in list(weights)}
+    dtypes = dict.fromkeys(weights, torch.float32) | dict.fromkeys(stream_weights(model), half or torch.float32)
+    own = {name: weights.pop(name).to(device, dtypes[name], copy=True) for name in list(weights)}
     model.load_state_dict(own, assign=True)
     return model
 

@@ -168,8 +168,11 @@ def sample(
     from lct.data.scenefile import read_scene
     from lct.sample.files import prompts_read, sample_scene
     from lct.sample.request import Sampling
-    from lct.train.weights import config_of, load_model
+    from lct.train.weights import available, config_of, load_model
 
+    available(device)
+    if memory.device is not None:
+        available(memory.device, "memory.device")
     folder = (scene if scene.is_dir() else scene.parent).resolve()
     pipeline = weights if pipeline is None and (weights / "model_index.json").is_file() else pipeline
     parts = _pipeline(pipeline, device, dtype)

@@ -17,7 +17,6 @@ from lct.layout import SceneLayout
 from lct.model.config import ModelConfig, preset
 from lct.model.cost import PEAKS
 from lct.model.families import build
-from lct.model.layers import stream_weights
 from lct.model.lora import add_lora
 from lct.train.execution import Execution
 from lct.train.lengths import imbalances
@@ -64,7 +63,7 @@ def estimate(name: str, layout: SceneLayout, lora: int = 0) -> dict[str, float]:
     rows = layout.video_rows if c.cross else layout.rows
     attended = layout.videos if c.cross else layout
     parameters = model.parameter_count()
-    products = sum(model.get_parameter(name).numel() for name in stream_weights(model))
+    products = sum(model.get_parameter(name).numel() for name in model.stream_weights())
     forward, training = model.flops(layout), model.training_flops(layout)
     if lora:
         add_lora(model, lora)
@@ -239,8 +238,8 @@ def print_estimate(
     step = e["training"] / mesh.context
     told, first = f"{mesh.processes} processes" if mesh.processes > 1 else "1 process", []
     if mesh.processes > 1:
-        whole = _bytes(e["weights"] / (2 if lora else 1))
-        first = [("at the start", f"{whole} in CPU memory of the first process, which makes or reads weights for all")]
+        whole = f"{_bytes(e['weights'] / 2)} in bf16" if lora else f"{_bytes(e['weights'])} in fp32"
+        first = [("at the start", f"{whole} in CPU memory of the first process, which makes or reads them for all")]
     told += f", replicate {mesh.replicate}, context {mesh.context}, recompute {mesh.recompute}"
     console.print(
         _table(

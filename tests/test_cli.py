@@ -396,9 +396,25 @@ def test_sample_wants_a_scene_a_new_folder_and_weights(refused, scene, weights, 
         ("--steps=0", "steps: expected at least 1, got 0"),
         ("--fps=0", "fps: expected a positive number"),
         ("--guidance=nan", "guidance: expected a finite number"),
-        ("--device=tpu", "device: expected one of ['cpu'"),
+        ("--device=tpu", "error: device: expected one of ['cpu'"),
+        ("--memory.device=tpu", "error: memory.device: expected one of ['cpu'"),
     ):
         assert said in refused("sample", folder, "--weights", weights, option)
+
+
+@pytest.mark.parametrize("asked", [None, "bfloat16"])
+def test_products_are_sampled_from_weights_in_the_asked_dtype(scene, weights, tmp_path, monkeypatch, lct, asked):
+    """Nothing in the result tells: it is the same bit for bit."""
+    seen = []
+
+    def spy(model, *_):
+        seen.append({weight.dtype for weight in model.parameters()})
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("lct.sample.files.autoregressive", spy)
+    options = [] if asked is None else ["--dtype", asked]
+    assert code_of(["sample", scene(GIVEN + NEW), "--weights", weights, "--out", tmp_path / "new", *options]) == 2
+    assert seen == [{torch.float32} if asked is None else {torch.float32, torch.bfloat16}]
 
 
 @pytest.mark.parametrize("command", ["sample", "direct"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_direct import SCENE, hashes, settings, shown, small_weights, states
 
 from lct.cli import main
@@ -85,8 +86,15 @@ def test_weights_that_keep_no_history_say_so_before_anything_is_written(tmp_path
     assert hashes(studio.folder) == before
 
 
+def test_products_are_kept_in_the_dtype_of_a_project(studio):
+    for dtype in ("bfloat16", None):
+        changed = studio.open(studio.folder, {"dtype": dtype})
+        model, _ = changed._model(changed.board.settings)
+        assert model.video_out.weight.dtype == (torch.bfloat16 if dtype else torch.float32)
+
+
 def test_a_device_that_is_not_there_is_said(studio):
-    with pytest.raises(ValueError, match="device: expected one of"):
+    with pytest.raises(ValueError, match="memory.device: expected one of"):
         Studio(studio.folder, history_device="gpu")
 
 
@@ -103,4 +111,4 @@ def test_a_command_names_them_as_sample_does(studio, capsys):
     assert status("--memory.fp8", "True", "--memory.device", "cpu") == (0, "")
     assert studio.board.settings.fp8
     code, said = status("--memory.device", "gpu")
-    assert code == 2 and "device: expected one of" in said
+    assert code == 2 and "memory.device: expected one of" in said

@@ -8,7 +8,7 @@ from processes import small
 from torch.profiler import ProfilerActivity, profile
 
 from lct import SceneLayout, Shot
-from lct.estimate import HELD, SENT, STATE, Mesh, kept_bytes, per_process
+from lct.estimate import HELD, SENT, STATE, Mesh, estimate, kept_bytes, per_process, print_estimate
 from lct.model.config import lct_3b
 from lct.train.execution import Execution
 from lct.train.trainer import Trainer, shot_errors
@@ -74,3 +74,17 @@ def test_what_no_mesh_can_be_is_refused():
         Mesh(8, replicate=2, context=3)
     with pytest.raises(ValueError, match="recompute: expected one of"):
         Mesh(8, recompute="some")
+
+
+@pytest.mark.parametrize(("name", "part"), [("wan_5b", 0.507), ("hunyuan15", 0.667), ("hunyuan", 0.638)])
+def test_what_weights_take_where_products_are_kept_in_half_precision(name, part):
+    """Wan has one modulation for all blocks, HunyuanVideo one in each."""
+    e = estimate(name, NINE)
+    assert e["half weights"] / e["weights"] == pytest.approx(part, abs=1e-3)
+
+
+def test_who_holds_whole_weights_at_the_start_is_told(capsys):
+    for mesh, lora, said in ((Mesh(), 0, None), (Mesh(8), 0, "GiB in fp32 in CPU"), (Mesh(8), 8, "GiB in bf16 in CPU")):
+        print_estimate("hunyuan15", NINE, 400, lora, mesh)
+        found = capsys.readouterr().out
+        assert ("at the start" in found) == (said is not None) and (said or "") in found

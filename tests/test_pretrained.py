@@ -14,7 +14,6 @@ from lct.cli import main
 from lct.data.ingest import ingest
 from lct.data.scenefile import read_scene, rewrite_scene
 from lct.data.video import read_video
-from lct.model.layers import stream_weights
 from lct.pretrained import encode as encoding
 from lct.pretrained import files
 from lct.pretrained.encode import encode
@@ -309,7 +308,7 @@ def test_all_weights_can_be_tuned_and_tuned_further(folders, encoded, tmp_path):
     assert model.config.others == base.config.others != "{}"
     for path in (tmp_path / "second", folders["hunyuan15"]):  # products alone are kept in half precision
         whole, small = load_model(path)[0], load_model(path, dtype="float16")[0]
-        products = set(stream_weights(whole))
+        products = whole.stream_weights()
         for key, w in whole.named_parameters():
             assert small.get_parameter(key).dtype == (torch.float16 if key in products else w.dtype)
             assert torch.equal(small.get_parameter(key), w.to(small.get_parameter(key).dtype))

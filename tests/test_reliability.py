@@ -326,8 +326,8 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_does_not_keep_its_step_from_being_saved(tmp_path):
-    (tmp_path / "step-0000002").mkdir()
     trainer = Trainer(small(steps=2, save_every=2), tmp_path)
+    (tmp_path / "step-0000002").mkdir()
     for _ in range(2):
         trainer.train_step()
     trainer.save()

@@ -2,12 +2,15 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from lct.data.batch import _substituted, draw_scene, pack, pack_drawn
 from lct.data.toy import ToyScenes
@@ -18,7 +21,7 @@ from lct.train.checkpoint import checkpoints, latest, newest_whole, verify
 from lct.train.config import TrainConfig
 from lct.train.runs import PRETRAINED, RUNS, paper_lct, paper_lct_causal, run, tiny_lct, tiny_pretrain
 from lct.train.trainer import Trainer, shot_errors
-from lct.train.weights import load_model, load_weights, save_weights
+from lct.train.weights import config_of, load_model, load_weights, save_weights
 
 PATCH = tiny().patch
 MIXTURE = {"single": 1.0, "cut": 1.0, "no_cut": 2.0}
@@ -251,6 +254,16 @@ def test_shared_weights_carry_their_configuration(trained, tmp_path):
             load_model(bad)
 
 
+def test_a_configuration_is_read_without_weights(trained, tmp_path, monkeypatch):
+    weights, config = load_weights(trained)
+    save_weights(tmp_path / "w.safetensors", weights, config)
+    monkeypatch.setattr("lct.train.weights.read_whole", lambda *_: pytest.fail("weights were read"))
+    opened = safe_open(tmp_path / "w.safetensors", "pt").__enter__()
+    only = SimpleNamespace(metadata=opened.metadata)  # no get_tensor, no keys
+    monkeypatch.setattr("lct.train.weights.safe_open", lambda *_: nullcontext(only))
+    assert config_of(tmp_path / "w.safetensors") == config_of(trained) == config
+
+
 def test_weights_of_another_model_are_refused_by_name(trained, tmp_path):
     weights, config = load_weights(trained)
     save_weights(tmp_path / "w.safetensors", weights, config, torch.float32)
@@ -372,9 +385,16 @@ def test_the_committed_weights_are_those_of_the_run_that_makes_them():
 def test_a_run_does_not_begin_anew_over_checkpoints(tmp_path):
     Trainer(small(steps=3), tmp_path).run()
     again = Trainer(small(steps=3), tmp_path)
-    for begin in (again.run, again.train_step):
+    for use in (again.run, again.train_step, again.save, again.averaged, again.averaged_weights().__enter__):
         with pytest.raises(ValueError, match="holds checkpoints; resume"):
-            begin()
+            use()
+
+
+def test_a_run_sees_checkpoints_that_came_after_it_was_made(tmp_path):
+    first, second = Trainer(small(steps=3), tmp_path), Trainer(small(steps=3, seed=5), tmp_path)
+    first.run()
+    with pytest.raises(ValueError, match="holds checkpoints; resume"):
+        second.run()
 
 
 def test_no_weights_are_drawn_where_they_are_read(tmp_path):

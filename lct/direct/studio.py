@@ -60,7 +60,7 @@ class Studio:
         history_device: str | None = None,
     ):
         self.folder, self.device, self.impl, self.report = Path(folder), device, impl, report
-        self.history_device = None if history_device is None else str(available(history_device))
+        self.history_device = None if history_device is None else str(available(history_device, "memory.device"))
         if not (self.folder / BOARDS).is_dir():
             raise ValueError(
                 f"{self.folder}: expected a director's project; begin one with lct direct SCENE --weights …"
@@ -440,8 +440,8 @@ class Studio:
         config, parts = config_of(settings.weights), self._pipeline(settings)
         if self._memory(settings) is not None and config.visibility != "context_causal":
             raise ValueError(
-                f"fp8, history_device: {settings.weights} keep no history, only weights tuned with context_causal do; "
-                "leave both out, or turn 8 bits off with --memory.fp8 False"
+                f"memory.fp8, memory.device: {settings.weights} keep no history, only weights tuned with "
+                "context_causal do; leave both out, or turn 8 bits off with --memory.fp8 False"
             )
         if parts is not None:
             parts.check(config.model)
@@ -461,6 +461,7 @@ class Studio:
         if self._loaded is None or self._loaded[0] != key:
             if digest_of(settings.weights) != settings.digest:
                 raise ValueError(f"weights: {settings.weights} is no longer what this project began with; put it back")
+            self._loaded = None  # let go of before there is another
             model, config = load_model(settings.weights, self.device, settings.pipeline, settings.dtype)
             parts = self._pipeline(settings)
             if parts is not None:

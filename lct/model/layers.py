@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +28,6 @@ class Linear(nn.Linear):
         if self.down is None or self.up is None:
             return out
         return out + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-
-
-def stream_weights(model: nn.Module) -> Iterator[str]:
-    """Names of the weights of products that are computed in the dtype of the streams: all but those that make
-    conditions of times and pooled text, which are statistics."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and not any(word in name for word in ("modulation", "time", "pooled")):
-            yield from (f"{name}.{own}" for own in ("weight", "bias") if getattr(module, own) is not None)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -295,6 +295,13 @@ class MMDiT(nn.Module):
             return "shot"
         return "text" if "text" in name else "video"
 
+    def stream_weights(self) -> frozenset[str]:
+        """Names of the weights of products for rows, which cast them to the dtype of the streams; what is computed for
+        shots are statistics, in fp32."""
+        products = (n for n, module in self.named_modules() if isinstance(module, Linear) and self.rows_of(n) != "shot")
+        names = {f"{name}.{own}" for name in products for own in ("weight", "bias")}
+        return frozenset(names & {name for name, _ in self.named_parameters()})
+
     def kv_bytes(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the keys and values of `rows` rows over all blocks."""
         c = self.config

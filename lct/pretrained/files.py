@@ -81,10 +81,16 @@ def shift_of(folder: str | Path) -> float:
     return 7.0 if isinstance(config, HunyuanConfig) and not config.of_kinds else 5.0
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> MMDiT:
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    half: torch.dtype | None = None,
+) -> MMDiT:
     """A model with the weights of a transformer of diffusers, or of a pipeline's `transformer/`.
 
     dtype  of the weights; None: as they lie in the file
+    half   of those of products for rows (`MMDiT.stream_weights`); None: as the others
 
     ValueError, naming file and weight, for unknown or missing weights, wrong shapes, damaged files and pickles.
     """
@@ -94,6 +100,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     with torch.device("meta"):
         model = build(config)
     own, table = model.state_dict(), keys(config)
+    products = model.stream_weights() if half else ()
     _check_names(folder, shards, table)
     weights: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -103,7 +110,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
             if weight.shape != own[key.ours].shape:
                 wanted = [list(part.shape) for part in key.write(own[key.ours]).values()]
                 raise ValueError(f"{shards[key.theirs[0]]}: {', '.join(key.theirs)}: expected shapes {wanted}")
-            weights[key.ours] = weight.to(device=device, dtype=dtype or weight.dtype)
+            kept = half if key.ours in products else dtype
+            weights[key.ours] = weight.to(device=device, dtype=kept or weight.dtype)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 

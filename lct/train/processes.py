@@ -158,7 +158,7 @@ class Processes:
 
     def fill(self, model: MMDiT, weights: dict[str, Tensor]) -> None:
         """Give a model without values, once it is spread, those that the first process has, a weight at a time, and let
-        go of them; where it has none, memory alone."""
+        go of them; where it has none, memory alone. A model with values is left as it is."""
         if not any(weight.is_meta for weight in model.parameters()):
             return
         model.to_empty(device=self.device)

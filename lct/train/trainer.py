@@ -129,7 +129,7 @@ class Trainer:
         self.device = self.processes.device
         self.dataset = dataset(config, execution.damaged == "skip")
         encoder = None if config.model.vocabulary else _features(config, self.dataset)
-        self._unresumed = self.processes.once(lambda: bool(checkpoints(self.out)))  # then weights have no values yet
+        self._unresumed = self.processes.once(lambda: bool(checkpoints(self.out)))
         filled = self._unresumed and not config.lora  # low-rank changes need the weights that they were trained beside
         self.model, weights = _first_model(config, self.processes, filled)
         if encoder is not None:
@@ -258,6 +258,8 @@ class Trainer:
         row that are not finite, none of which changed the weights. OSError where a checkpoint cannot be written, or
         another process ended.
         """
+        if self.saved is None and self.processes.once(lambda: bool(checkpoints(self.out))):
+            self._unresumed = True
         self._check_resumed()
         log = Log(self.out, self.execution.tensorboard) if self.processes.first else None
         data = reading(self.steps, self.step, self.config.steps, self.execution.workers)
@@ -340,6 +342,7 @@ class Trainer:
     @contextmanager
     def averaged_weights(self):
         """The model with the moving average of its weights, in place."""
+        self._check_resumed()
         with torch.no_grad():
             kept = {name: own(weight).clone() for name, weight in self.trained.items()}
             for name, weight in self.trained.items():
@@ -353,6 +356,7 @@ class Trainer:
 
     def averaged(self) -> MMDiT:
         """A copy of the model with the moving average of its weights; of one that is not sharded."""
+        self._check_resumed()
         model = copy.deepcopy(self.model)
         assign_weights(trained(model), self.averages, self.out)
         return model.eval().requires_grad_(False)
@@ -372,6 +376,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint; FloatingPointError, and nothing is written, where weights are not finite."""
+        self._check_resumed()
         broken = [n for n, w in self.trained.items() if not own(w).isfinite().all()]
         if self.processes.any(bool(broken))[0]:
             raise FloatingPointError(f"step {self.step}: weights are not finite ({broken[:1]}); nothing was saved")
@@ -410,6 +415,7 @@ class Trainer:
         return True
 
     def _check_resumed(self) -> None:
+        """Weights that a checkpoint is there for have no values before."""
         if self._unresumed:
             raise ValueError(f"{self.out}: holds checkpoints; resume() goes on from them, or choose another folder")
 

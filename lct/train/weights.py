@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lct.data.atomic import new_file, sha256_of
 from lct.model.config import ModelConfig
 from lct.model.families import build
-from lct.model.layers import stream_weights
 from lct.model.lora import add_lora, merge_lora
 from lct.model.mmdit import MMDiT
 from lct.pretrained.files import digest_of as diffusers_digest
@@ -101,13 +100,13 @@ def digest_of(path: str | Path) -> str:
     return newest_whole(path, "ema")[1]["sha256"]
 
 
-def available(device: str | torch.device) -> torch.device:
-    """The device, or a ValueError that says what there is."""
+def available(device: str | torch.device, option: str = "device") -> torch.device:
+    """The device, or a ValueError that says what there is, for this option."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"device: expected one of {there}, got {device!r} ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{option}: expected one of {there}, got {device!r} ({str(error).splitlines()[0]})") from None
     return torch.device(device)
 
 
@@ -130,20 +129,18 @@ def load_model(
     device = available(device)
     half = getattr(torch, dtype) if dtype in ("bfloat16", "float16") else None
     if is_diffusers(path):
-        model, config = load(path, device), config_of(path)
+        return load(path, device, half=half), config_of(path)
+    weights, config = load_weights(path)
+    if config.lora:
+        model = starting_model(config, device, base)
+        assign_weights(trained(model), weights, path)
+        merge_lora(model)
+        for name in model.stream_weights() if half else ():  # now, because they were merged in their own precision
+            weight = model.get_parameter(name)
+            weight.data = weight.data.to(half)
     else:
-        weights, config = load_weights(path)
-        if config.lora:
-            model = starting_model(config, device, base)
-            assign_weights(trained(model), weights, path)
-            merge_lora(model)
-        else:
-            model = _with_weights(config.model, weights, path, device, half)
-    model = model.to(device).eval().requires_grad_(False)
-    for name in stream_weights(model) if half else ():
-        weight = model.get_parameter(name)
-        weight.data = weight.data.to(half)
-    return model, config
+        model = _with_weights(config.model, weights, path, device, half)
+    return model.to(device).eval().requires_grad_(False), config
 
 
 def starting_model(
@@ -248,12 +245,12 @@ def _with_weights(
     device: str | torch.device,
     half: torch.dtype | None = None,
 ) -> MMDiT:
-    """A model that has these weights, those of products in `half`, the rest in fp32; they are let go of one by one, so
-    that no more than one is there twice. ValueError as in `assign_weights`."""
+    """A model that has these weights, those of products for rows in `half`, the rest in fp32; they are let go of one
+    by one. ValueError as in `assign_weights`."""
     with torch.device("meta"):
         model = build(config)
     _check_fit(trained(model), weights, source)
-    dtypes = dict.fromkeys(weights, torch.float32) | dict.fromkeys(stream_weights(model), half or torch.float32)
+    dtypes = dict.fromkeys(weights, torch.float32) | dict.fromkeys(model.stream_weights(), half or torch.float32)
     own = {name: weights.pop(name).to(device, dtypes[name], copy=True) for name in list(weights)}
     model.load_state_dict(own, assign=True)
     return model

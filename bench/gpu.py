@@ -5,7 +5,7 @@
 Runs with the Python it is called with, which needs this package's dependencies and pytest, installed or on PYTHONPATH;
 what is missing is named at once. Each step has its share of the time and its own log; what fails does not keep the next
 from running. Prints a short table last; writes `gpu.json` (every step and every figure) and the logs to $OUT or, where
-that is not set, to bench/results/.
+that is not set, to build/gpu/.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def main(out: Path, minutes: float, full: bool = False, only: Sequence[str] = ()
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "bench" / "results")))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "build" / "gpu")))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--full", action="store_true", help="measure every size, not the few of --quick")
     parser.add_argument("--only", nargs="+", default=(), choices=[step.name for step in steps(Path())])

@@ -58,12 +58,14 @@ class TrainCommand:
         if self.share is not None and self.share.suffix != ".safetensors":
             raise ValueError(f"share: expected a name that ends in .safetensors, got {self.share}")
         if self.share is not None and self.config.lora and config_of(str(self.config.init)).lora:
-            raise ValueError("share: the changes of two stages do not fit one file; share the model of lct export")
+            raise ValueError("share: the changes of two stages do not fit one file; share the folders of both runs")
         config, out = self.config, self.out or Path("runs") / self.config.name
         trainer = Trainer(config, out, self.device, self.impl, self.execution)
         if self.execution.scene is not None:
             trainer.sampler = self._sampler(self.execution.scene, out, trainer.processes)
         first = trainer.processes.first
+        if first and self.impl == "auto":
+            _advise(trainer.device, trainer.dtype)
         if trainer.resume() and first:
             print(f"resuming {out} at step {trainer.step}")
         try:
@@ -184,6 +186,8 @@ def sample(
     model, config = load_model(weights, device, pipeline, dtype)
     options = {"guidance": guidance, "history_guidance": history_guidance, "history_time": history_time, "keep": keep}
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
+    if impl == "auto":
+        _advise(model.video_out.weight.device, sampling.compute_dtype(model))
     target = out or folder.with_name(f"{folder.name}-sample")
     print(
         sample_scene(
@@ -191,6 +195,14 @@ def sample(
             parts, None if memory == AS_IT_IS else memory,
         )
     )  # fmt: skip
+
+
+def _advise(device: Any, dtype: Any) -> None:
+    """Say on a GPU, before it begins to be slow, what is not validated there."""
+    from lct.kernels.select import unvalidated
+
+    if advice := unvalidated(device, dtype):
+        print(f"lct: {advice}", file=sys.stderr)
 
 
 def _pipeline(folder: Path | None, device: str, dtype: str | None, batch: int = 8) -> Any:

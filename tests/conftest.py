@@ -19,6 +19,7 @@ HOME = tempfile.TemporaryDirectory(prefix="lct-tests-")
 os.environ["HOME"] = HOME.name
 
 settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("fresh", deadline=None)
 settings.load_profile("ci")
 
 

@@ -113,3 +113,16 @@ def test_a_later_failure_takes_back_what_was_remembered(memory):
     assert remembered.passed(*what)
     remembered.remember(*what, good=False)
     assert not remembered.passed(*what) and remembered._load() == frozenset()
+
+
+def test_what_is_slow_on_a_gpu_until_it_is_validated_is_told(monkeypatch):
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    assert select.unvalidated(torch.device("cpu"), torch.float32) is None
+    monkeypatch.setattr(remembered, "passed", lambda *_: False)
+    said = select.unvalidated(gpu, half)
+    assert said.startswith("attention, norm_rope, modulate: computed by plain torch")
+    assert "in bfloat16 yet; `lct doctor --validate`" in said
+    monkeypatch.setattr(remembered, "passed", lambda operation, impl, *_: (operation, impl) != ("modulate", "triton"))
+    assert select.unvalidated(gpu, half).startswith("modulate: computed by plain torch")
+    monkeypatch.setattr(remembered, "passed", lambda *_: True)
+    assert select.unvalidated(gpu, half) is None

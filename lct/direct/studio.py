@@ -27,6 +27,7 @@ from lct.data.scenes import shot_prompt, single_prompt
 from lct.data.video import CONTAINERS, read_video, video_package, write_video
 from lct.direct.board import Board, Card, Inputs, Settings, take_name
 from lct.draw import contact_sheet
+from lct.kernels.select import unvalidated
 from lct.model.config import Memory
 from lct.pretrained.pipeline import Pipeline
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
@@ -466,6 +467,9 @@ class Studio:
             parts = self._pipeline(settings)
             if parts is not None:
                 parts.speak_for(model)
+            dtype = getattr(torch, settings.dtype) if settings.dtype else model.video_out.weight.dtype
+            if self.impl == "auto" and (advice := unvalidated(model.video_out.weight.device, dtype)):
+                self.report(advice)
             self._loaded = (key, model, config)
         return self._loaded[1:]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lct.kernels import cuda_attention, native_attention, native_norm_rope, reference, remembered, sdpa
@@ -51,7 +52,7 @@ class Operation(dict[str, ModuleType | SimpleNamespace]):
         """The fastest validated implementation for these tensors."""
         return next(i for i in self if self._validated(i, tensors[0]) and not self[i].reasons(*tensors))
 
-    def _validated(self, impl: str, x: Tensor) -> bool:
+    def _validated(self, impl: str, x: Tensor | SimpleNamespace) -> bool:
         """On this kind of device in this dtype: wherever it was tried, or on this machine."""
         if self.by_name_only(impl):
             return False
@@ -77,6 +78,18 @@ NORM_ROPE = Operation(
 MODULATE = Operation("modulate", triton=triton_modulate, reference=reference)
 OPERATIONS = (ATTENTION, NORM_ROPE, MODULATE)
 NAMES = tuple(dict.fromkeys(name for operation in OPERATIONS for name in operation))
+
+
+def unvalidated(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What to tell who lets `auto` choose on a GPU where plain torch is all that is validated; else None."""
+    x = SimpleNamespace(device=device, dtype=dtype)
+    slow = [o.name for o in OPERATIONS if not any(i != "reference" and o._validated(i, x) for i in o)]
+    if device.type != "cuda" or not slow:
+        return None
+    return (
+        f"{', '.join(slow)}: computed by plain torch, slowly and in much memory, because nothing faster is validated "
+        f"on this GPU in {str(dtype).removeprefix('torch.')} yet; `lct doctor --validate` does that, once"
+    )
 
 
 def choose(operation: Operation, impl: str, *tensors: Tensor) -> str:

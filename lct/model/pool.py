@@ -1,6 +1,6 @@
 """Finished shots from which later ones choose (§ 3.4), and the context that is made of chosen ones.
 
-Keys are kept before their rotation. A 5-second shot at 480 p is 1.7 (Wan 5B) to 14 GB (HunyuanVideo) of keys and values
+Keys are kept before their rotation. A 5-second shot at 480 p is 2.6 (Wan 5B) to 21 GB (HunyuanVideo) of keys and values
 in half precision, so a pool may lie in CPU memory, in 8 bits, and a context may be made block by block.
 """
 

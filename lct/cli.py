@@ -64,8 +64,8 @@ class TrainCommand:
         if self.execution.scene is not None:
             trainer.sampler = self._sampler(self.execution.scene, out, trainer.processes)
         first = trainer.processes.first
-        if first and self.impl == "auto":
-            _advise(trainer.device, trainer.dtype)
+        if first:
+            _advise(self.impl, trainer.device, trainer.dtype)
         if trainer.resume() and first:
             print(f"resuming {out} at step {trainer.step}")
         try:
@@ -186,8 +186,7 @@ def sample(
     model, config = load_model(weights, device, pipeline, dtype)
     options = {"guidance": guidance, "history_guidance": history_guidance, "history_time": history_time, "keep": keep}
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
-    if impl == "auto":
-        _advise(model.video_out.weight.device, sampling.compute_dtype(model))
+    _advise(impl, model.video_out.weight.device, sampling.compute_dtype(model))
     target = out or folder.with_name(f"{folder.name}-sample")
     print(
         sample_scene(
@@ -197,11 +196,11 @@ def sample(
     )  # fmt: skip
 
 
-def _advise(device: Any, dtype: Any) -> None:
+def _advise(impl: str, device: Any, dtype: Any) -> None:
     """Say on a GPU, before it begins to be slow, what is not validated there."""
     from lct.kernels.select import unvalidated
 
-    if advice := unvalidated(device, dtype):
+    if advice := unvalidated(impl, device, dtype):
         print(f"lct: {advice}", file=sys.stderr)
 
 

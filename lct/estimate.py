@@ -236,8 +236,9 @@ def print_estimate(
     )
     p = per_process(name, layout, mesh, lora)
     step = e["training"] / mesh.context
-    told, first = f"{mesh.processes} processes" if mesh.processes > 1 else "1 process", []
+    told, first = "1 process", []
     if mesh.processes > 1:
+        told = f"{mesh.processes} processes"
         whole = f"{_bytes(e['weights'] / 2)} in bf16" if lora else f"{_bytes(e['weights'])} in fp32"
         first = [("at the start", f"{whole} in CPU memory of the first process, which makes or reads them for all")]
     told += f", replicate {mesh.replicate}, context {mesh.context}, recompute {mesh.recompute}"

@@ -117,12 +117,13 @@ def test_a_later_failure_takes_back_what_was_remembered(memory):
 
 def test_what_is_slow_on_a_gpu_until_it_is_validated_is_told(monkeypatch):
     gpu, half = torch.device("cuda"), torch.bfloat16
-    assert select.unvalidated(torch.device("cpu"), torch.float32) is None
+    assert select.unvalidated("auto", torch.device("cpu"), torch.float32) is None
     monkeypatch.setattr(remembered, "passed", lambda *_: False)
-    said = select.unvalidated(gpu, half)
+    assert select.unvalidated("triton", gpu, half) is None
+    said = select.unvalidated("auto", gpu, half)
     assert said.startswith("attention, norm_rope, modulate: computed by plain torch")
     assert "in bfloat16 yet; `lct doctor --validate`" in said
     monkeypatch.setattr(remembered, "passed", lambda operation, impl, *_: (operation, impl) != ("modulate", "triton"))
-    assert select.unvalidated(gpu, half).startswith("modulate: computed by plain torch")
+    assert select.unvalidated("auto", gpu, half).startswith("modulate: computed by plain torch")
     monkeypatch.setattr(remembered, "passed", lambda *_: True)
-    assert select.unvalidated(gpu, half) is None
+    assert select.unvalidated("auto", gpu, half) is None

@@ -467,8 +467,8 @@ class Studio:
             parts = self._pipeline(settings)
             if parts is not None:
                 parts.speak_for(model)
-            dtype = getattr(torch, settings.dtype) if settings.dtype else model.video_out.weight.dtype
-            if self.impl == "auto" and (advice := unvalidated(model.video_out.weight.device, dtype)):
+            dtype = Sampling(dtype=settings.dtype).compute_dtype(model)
+            if advice := unvalidated(self.impl, model.video_out.weight.device, dtype):
                 self.report(advice)
             self._loaded = (key, model, config)
         return self._loaded[1:]

@@ -80,11 +80,13 @@ OPERATIONS = (ATTENTION, NORM_ROPE, MODULATE)
 NAMES = tuple(dict.fromkeys(name for operation in OPERATIONS for name in operation))
 
 
-def unvalidated(device: torch.device, dtype: torch.dtype) -> str | None:
+def unvalidated(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What to tell who lets `auto` choose on a GPU where plain torch is all that is validated; else None."""
+    if impl != "auto" or device.type != "cuda":
+        return None
     x = SimpleNamespace(device=device, dtype=dtype)
     slow = [o.name for o in OPERATIONS if not any(i != "reference" and o._validated(i, x) for i in o)]
-    if device.type != "cuda" or not slow:
+    if not slow:
         return None
     return (
         f"{', '.join(slow)}: computed by plain torch, slowly and in much memory, because nothing faster is validated "

@@ -11,10 +11,12 @@ that is not set, to build/gpu/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,13 +60,14 @@ def steps(out: Path, full: bool = False) -> list[Step]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--launch-timeout", "60", "--tool"]
     doctor = "import sys; from lct.cli import main; sys.exit(main(['doctor', '--validate']))"
     tests = [f"tests/test_{name}.py" for name in ("gpu", "native", "norm_rope", "cache", "modulate")]
+    impatient = ["-o", "timeout=90", "-o", "timeout_method=thread"]  # the one method that ends a wait for a kernel
     workers = ["-n", "8", "--dist", "loadgroup"] if util.find_spec("xdist") else []
     measure = [python, "bench/run.py", *([] if full else ["--quick"]), "--out", str(out)]
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun into the next tensor would be within bounds
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 60, r"^lct: (built for cuda .+)$"),
         Step("validate", [python, "-c", doctor], 100, r"^(\d+ of \d+ passed)"),
-        Step("test", [python, "-m", "pytest", *workers, *tests], 200, r"(\d+ (?:passed|failed).*)"),
+        Step("test", [python, "-m", "pytest", *impatient, *workers, *tests], 200, r"(\d+ (?:passed|failed).*)"),
         *(
             Step(tool, [*sanitizer, tool, python, "tests/small_launches.py"], 80, summary, sanitizer[0], apart)
             for tool, summary in (("memcheck", r"(ERROR SUMMARY: .+)"), ("racecheck", r"(RACECHECK SUMMARY: .+)"))
@@ -85,14 +88,18 @@ def run(step: Step, out: Path, left: float) -> dict:
     environment |= step.environment
     environment.pop("TRITON_INTERPRET", None)
     with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                timeout=min(step.seconds, left),
-            )  # fmt: skip
-            state = "passed" if done.returncode == 0 else f"failed, exit code {done.returncode}"
+            code = process.wait(min(step.seconds, left))
+            state = "passed" if code == 0 else f"failed, exit code {code}"
         except subprocess.TimeoutExpired:
             state = "timed out"
+        finally:  # pytest's workers too: a kernel that hangs in one would share the GPU with every later step
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     found = re.findall(step.figure, log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     figure = " ".join(found[-1].split()) if found else ""
     if state == "passed" and not figure:

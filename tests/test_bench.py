@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))  # behind tests/, which has a film.py too
 
+import gpu  # noqa: E402
 from attention import checks, exact, scene  # noqa: E402
 from baselines import attention_peers  # noqa: E402
 from harness import Case, Provider, Setting, case_key, gradients, growth, measure, sentence, table, winners  # noqa: E402
@@ -177,3 +178,13 @@ def test_gpu_refuses_a_machine_without_one():
     done = bench("gpu.py")
     assert (done.returncode, done.stdout) == (2, "")
     assert "needs a CUDA device" in done.stderr
+
+
+def test_a_step_out_of_time_takes_its_workers_along(tmp_path):
+    """A kernel that hangs in a test's worker would otherwise run beside everything that is measured later."""
+    child = tmp_path / "child"
+    command = f"sleep 600 & echo $! > {child}; echo 3 passed; wait"
+    result = gpu.run(gpu.Step("test", ["bash", "-c", command], 2, r"(\d+ passed)"), tmp_path, left=60.0)
+    assert result["state"] == "timed out" and result["figure"] == "3 passed"
+    state = Path("/proc", child.read_text().strip(), "stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"

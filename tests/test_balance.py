@@ -9,7 +9,7 @@ from processes import small
 
 from lct.model.config import lct_3b
 from lct.model.families import build
-from lct.train.balance import plan_step, share_out
+from lct.train.balance import EVEN, plan_step, share_out
 from lct.train.lengths import SCENES, imbalances
 from lct.train.trainer import Trainer
 
@@ -35,6 +35,30 @@ def test_no_part_is_larger_than_longest_first_allows(costs, parts):
     """At most the mean and the largest cost together: who got a scene last had the least before."""
     largest = max(sum(costs[i] for i in part) for part in share_out(costs, parts))
     assert largest <= (sum(costs) / parts + max(costs)) * (1 + 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(costs, st.integers(1, 8))
+def test_no_exchange_with_the_largest_part_is_left_that_helps(costs, parts):
+    shared = share_out(costs, parts)
+    sums = [sum(costs[i] for i in part) for part in shared]
+    most = max(range(parts), key=sums.__getitem__)
+    if sums[most] <= EVEN * sum(costs) / parts * (1 + 1e-9):
+        return
+    for other, total in zip(shared, sums, strict=True):
+        exchanges = (costs[i] - back for i in shared[most] for back in (0.0, *(costs[j] for j in other)))
+        assert not any(1e-6 < moved < sums[most] - total - 1e-6 for moved in exchanges)
+
+
+@pytest.mark.parametrize(
+    ("costs", "parts", "largest"), [([3, 3, 2, 2, 2], 2, 6), ([5, 5, 4, 4, 3, 3, 3], 3, 9), ([7, 1, 1], 2, 7)]
+)
+def test_exchanges_find_what_longest_first_misses(costs, parts, largest):
+    assert max(sum(costs[i] for i in part) for part in share_out(costs, parts)) == largest
+
+
+def test_a_pass_may_be_full_to_the_last_row():
+    assert plan_step([1.0, 1.0], [30, 10], 1, 40).passes == [[[0, 1]]]
 
 
 @pytest.mark.parametrize("processes", [8, 64, 128])

@@ -105,7 +105,9 @@ def families(out: str, execution: str) -> None:
             text[:, 0] = torch.arange(len(text)) % 2
         video, rows = drawn(f"{name} video", layout.video_rows, c.patch_channels), layout.text_rows
         noise, none = drawn(f"{name} noise", layout.video_rows, c.patch_channels), torch.zeros(rows, dtype=torch.int64)
-        batch = Batch(layout, video, text, none, torch.zeros(len(layout.shots)), noise)
+        batch = Batch(
+            layout, video, text, none, torch.zeros(len(layout.shots)), noise, torch.ones(len(layout.shots)) > 0
+        )
         model.text_encoder = lambda tokens, places: tokens
         processes.spread(model, torch.float64)
         times = torch.linspace(0.1, 0.9, len(layout.shots), dtype=torch.float64)

@@ -283,7 +283,7 @@ def test_scene_folder_kinds(tmp_path):
         (shot,) = (single := folder.sample("single", rng)).shots
         prompts.add(shot.prompt)
         assert single.global_prompt is None and not shot.cut
-    assert prompts == {"prompt 0", "prompt 1", "prompt 2", "alone"}
+    assert prompts == {f"{SHIP.text()}. prompt {i}" for i in range(3)} | {"alone"}
 
     cut = folder.sample("cut", rng)
     assert cut.global_prompt == SHIP.text() and all(shot.cut for shot in cut.shots)
@@ -322,7 +322,9 @@ def test_segments_of_a_long_shot_are_drawn_before_shots_are_divided(tmp_path):
     pairs = {folder.sample("no_cut", rng, 2).shots[0].prompt for _ in range(40)}
     assert pairs == {f"long-000 {i}" for i in range(4)}
     # no scene has so many segments: a shot of six frames would do, but there is none
-    with pytest.raises(ValueError, match="expected a shot of 6 frames"):
+    with pytest.raises(
+        ValueError, match="a shot of 6 frames of pixels .* with --divide, or leave the kind out: --data.no-cut 0"
+    ):
         folder.sample("no_cut", rng, 6)
     write_long(tmp_path, "other", [6, 1])
     parts = SceneFolder(tmp_path).sample("no_cut", rng, 6).shots
@@ -337,6 +339,19 @@ def test_scenes_that_mix_cuts_and_segments_belong_to_neither_kind(tmp_path):
     with pytest.raises(ValueError, match="expected a scene of 2 shots with cuts"):
         folder.sample("cut", rng)
     assert len({shot.prompt for shot in folder.sample("no_cut", rng).shots}) == 1  # one shot, divided
+    with pytest.warns(UserWarning, match="1 scenes have shots with and without a cut"):
+        folder.check(["single"], (1, 1, 1))
+
+
+def test_latents_of_a_vae_are_never_divided(tmp_path):
+    """Their first frame is encoded otherwise than those after it, so that a second half would be no clip."""
+    for codec in ("wan/vae", "pixel/8"):
+        scene = SceneFile(SHIP, (ShotEntry("a", True, media="s"),), codec=codec)
+        write_scene(tmp_path / codec, scene, {"s.video": noise(5, 2, 2, 3)})
+    rng = np.random.default_rng(0)
+    assert len(SceneFolder(tmp_path / "pixel").sample("no_cut", rng).shots) == 2
+    with pytest.raises(ValueError, match="expected a scene of 2 shots without cuts.* got none"):
+        SceneFolder(tmp_path / "wan").check(["no_cut"], (1, 1, 1))
 
 
 def test_a_sample_is_a_function_of_the_generator(tmp_path):
@@ -357,7 +372,7 @@ def test_scene_folder_says_what_it_lacks(tmp_path):
     folder, rng = write_folders(tmp_path), np.random.default_rng(0)
     with pytest.raises(ValueError, match="expected a scene of 4 shots with cuts"):
         folder.sample("cut", rng, 4)
-    with pytest.raises(ValueError, match="expected a shot of 5 frames"):
+    with pytest.raises(ValueError, match="or a shot of 5 frames of pixels"):
         folder.sample("no_cut", rng, 5)
     with pytest.raises(ValueError, match="kind: expected one of single, cut, no_cut, got 'both'"):
         folder.sample("both", rng)

@@ -19,7 +19,7 @@ from lct.model.flow import noised, shift_time, shot_losses, shot_shift
 from lct.model.mmdit import MMDiT
 from lct.train.checkpoint import checkpoints, latest, newest_whole, verify
 from lct.train.config import TrainConfig
-from lct.train.runs import PRETRAINED, RUNS, paper_lct, paper_lct_causal, run, tiny_lct, tiny_pretrain
+from lct.train.runs import PRETRAINED, RUNS, paper_lct, paper_lct_causal, paper_text_rope, run, tiny_lct, tiny_pretrain
 from lct.train.trainer import Trainer, shot_errors
 from lct.train.weights import config_of, load_model, load_weights, save_weights
 
@@ -164,11 +164,40 @@ def test_the_papers_figures_stand_in_the_runs():
     assert (lct.steps, lct.data.shots, lct.visibility, lct.shift) == (135_000, 9, "bidirectional", 1.0)
     assert (causal.steps, causal.visibility, causal.init) == (9_000, "context_causal", "runs/paper_lct")
     assert lct.data.no_cut == pytest.approx(2 * lct.data.cut) and lct.data.single > 0
+    rope = paper_text_rope()
+    assert (rope.data.single, rope.data.cut + rope.data.no_cut, rope.text_scale) == (1.0, 0.0, 1.0)
+    assert lct.init == f"runs/{rope.name}" and lct.model == causal.model == rope.model
     stages = [run(name) for name in ("tiny_pretrain", "tiny_text_rope", "tiny_lct", "tiny_causal")]
     assert [s.text_scale for s in stages] == [0.0, 1.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="tiny_lct"):
         run("paper_ltc")
     assert set(RUNS) == {function().name for function in RUNS.values()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_average_has_forgotten_what_its_stage_began_with(name):
+    """Else a causal stage would hand out weights that are still bidirectional in good part."""
+    config = run(name)
+    assert config.ema**config.steps < 0.01 and config.warmup <= config.steps / 5
+
+
+def test_times_reach_history_however_they_are_shifted(tmp_path):
+    """A shift of 5 all but leaves out shots as clean as history; a share without it keeps them."""
+    drawn = [draw_scene(ToyScenes(), MIXTURE, 0.0, 0.0, 0, 0, slot) for slot in range(600)]
+
+    def near_clean(trainer):
+        c = trainer.config
+        times = trainer.times(pack_drawn(drawn, tokenizer(), PATCH, "isolated", unshifted=c.unshifted))
+        return float((times < 0.15).float().mean())
+
+    plain, shifted, mixed = (
+        near_clean(Trainer(small(shift=shift, unshifted=unshifted), tmp_path))
+        for shift, unshifted in ((1.0, 0.0), (5.0, 0.0), (5.0, 0.5))
+    )
+    assert plain > 0.1 > 0.03 > shifted and plain / 2 < mixed < 0.7 * plain
+    one = pack_drawn(drawn, tokenizer(), PATCH, "isolated", shared_time=True, unshifted=0.5)
+    scenes = torch.tensor(one.layout.scene_of_shot)
+    assert all(len(one.shifted[scenes == b].unique()) == 1 for b in range(600)) and len(one.shifted.unique()) == 2
 
 
 def test_configurations_survive_json():

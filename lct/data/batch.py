@@ -57,10 +57,15 @@ class Packed:
 
 @dataclass(frozen=True)
 class Batch(Packed):
-    """`Packed`, with the draws of one training step: normal [N] for the times, noise [S_video, patch channels]."""
+    """`Packed`, with the draws of one training step.
+
+    normal   [N], the times come from; shifted bool [N], whether they take the shift
+    noise    [S_video, patch channels]
+    """
 
     normal: Tensor
     noise: Tensor
+    shifted: Tensor
 
 
 def pack(
@@ -149,19 +154,23 @@ def pack_drawn(
     shared_time: bool = False,
     one_place: bool = False,
     cross: bool = False,
+    unshifted: float = 0.0,
 ) -> Batch:
     """A batch of drawn scenes, with the draws of their times and noise, which follow on those of each scene.
 
     shared_time       all shots of a scene have its first one's
+    unshifted         share of the shots whose times take no shift
     one_place, cross  see `pack`
     """
     packed = pack([scene.sample for scene in drawn], tokenize, patch, visibility, one_place, cross)
-    normal, noise = [], []
+    normal, noise, shifted = [], [], []
     for rng, scene in zip((scene.rng for scene in drawn), packed.layout.scenes, strict=True):
         draws = rng.standard_normal(len(scene), np.float32)
         normal.append(np.full_like(draws, draws[0]) if shared_time else draws)
         rows = sum(shot.video_rows for shot in scene)
         noise.append(rng.standard_normal((rows, packed.latents.shape[1]), np.float32))
+        chosen = rng.random(len(scene)) >= unshifted
+        shifted.append(np.full_like(chosen, chosen[0]) if shared_time else chosen)
     return Batch(
         packed.layout,
         packed.latents,
@@ -169,6 +178,7 @@ def pack_drawn(
         packed.places,
         torch.from_numpy(np.concatenate(normal)),
         torch.from_numpy(np.concatenate(noise)),
+        torch.from_numpy(np.concatenate(shifted)),
     )
 
 

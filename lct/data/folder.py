@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lct.data.latents import divides_in_time
 from lct.data.scenefile import MAX_SHOTS, SCENE, SceneFile, read_scene, stored_shots
-from lct.data.scenes import SceneSample, ShotSample
+from lct.data.scenes import SceneSample, ShotSample, single_prompt
 
 KINDS = ("single", "cut", "no_cut")
 
@@ -37,9 +38,10 @@ class StoredScenes:
     def sample(self, kind: str, rng: np.random.Generator, shots: int | None = None) -> SceneSample:
         """Draw one scene; `rng` advances.
 
-        kind   "single": one shot on its own, without global prompt; "cut": consecutive shots of a scene with cuts;
-               "no_cut": consecutive segments of a scene without cuts, such as `ingest` divides long shots into; where
-               there is none, one shot divided in time into parts of about equal length
+        kind   "single": one shot on its own, what the scene shares told in its prompt (`single_prompt`); "cut":
+               consecutive shots of a scene with cuts; "no_cut": consecutive segments of a scene without cuts, such as
+               `ingest` divides long shots into; where there is none, one shot of pixels divided in time into parts of
+               about equal length
         shots  their number; by default as many as the scene has, up to max_shots, and two parts of a divided shot
 
         Raises ValueError where the folders hold nothing of this kind and number.
@@ -69,11 +71,19 @@ class StoredScenes:
                 (i, s)
                 for i, shots in enumerate(self.shots)
                 for s, shot in enumerate(shots)
-                if kind == "single" or len(shot.latents) >= least
+                if kind == "single" or (divides_in_time(self.scenes[i].codec) and len(shot.latents) >= least)
             ]
         if not places:
-            need = f"a scene of {least} shots with cuts" if kind == "cut" else f"a shot of {least} frames"
-            raise ValueError(f"{self.root}: expected {need} for kind {kind!r}, got none; ingest more film")
+            need = {
+                "single": "a shot",
+                "cut": f"a scene of {least} shots with cuts",
+                "no_cut": f"a scene of {least} shots without cuts, or a shot of {least} frames of pixels",
+            }
+            more = "ingest more film, with --divide" if kind == "no_cut" else "ingest more film"
+            raise ValueError(
+                f"{self.root}: expected {need[kind]} for kind {kind!r}, got none; {more}, or leave the kind out: "
+                f"--data.{kind.replace('_', '-')} 0"
+            )
         return places
 
     def check(self, kinds: Iterable[str], patch: tuple[int, int, int]) -> None:
@@ -83,6 +93,12 @@ class StoredScenes:
         """
         for kind in kinds:
             self._places(kind, 2)
+        mixed = sum(len({shot.cut for shot in scene.shots}) > 1 for scene in self.scenes)
+        if mixed:
+            warnings.warn(
+                f"{self.root}: {mixed} scenes have shots with and without a cut; they are drawn as single shots alone",
+                stacklevel=2,
+            )
         for shots in self.shots:
             for index, shot in enumerate(shots):
                 shape = shot.latents.shape
@@ -94,7 +110,8 @@ class StoredScenes:
                     )
 
     def _single(self, scene: int, index: int) -> SceneSample:
-        return SceneSample(None, (replace(self._shot(scene, index), cut=False),))
+        shot = self._shot(scene, index)
+        return SceneSample(None, (replace(shot, prompt=single_prompt(self._prompt(scene), shot.prompt), cut=False),))
 
     def _consecutive(self, scene: int, rng: np.random.Generator, shots: int | None) -> SceneSample:
         have = len(self.scenes[scene].shots)

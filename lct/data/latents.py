@@ -98,6 +98,12 @@ class PixelCodec:
         return ((enlarged.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def divides_in_time(codec: str | None) -> bool:
+    """Whether latents that a scene file calls so may be cut between any two frames. Those of a VAE may not: their first
+    frame is encoded as an image, all others as several frames each."""
+    return codec is None or codec.startswith("pixel/")
+
+
 def size_in_patches(size: Sequence[int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
     """(T, H, W) in patches of latents whose first three sizes are `size`, in latent pixels."""
     frames, height, width = (n // p for n, p in zip(size, patch, strict=False))

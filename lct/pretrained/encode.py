@@ -119,6 +119,7 @@ def _is_finished(folder: Path, scene: SceneFile, pipeline: Pipeline, fps: float)
         return False
     there, name = read_scene(folder), pipeline.codec.name
     same = [(s.prompt, s.cut) for s in there.shots] == [(s.prompt, s.cut) for s in scene.shots]
+    same = same and all(read_features(folder / TEXT, prompt) is not None for prompt in prompts_of(scene))
     if not same or (there.global_prompt, there.codec, there.fps) != (scene.global_prompt, name, fps):
         raise ValueError(f"{folder}: was encoded with other prompts, another pipeline or fps; remove it to encode anew")
     return True

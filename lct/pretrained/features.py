@@ -14,15 +14,16 @@ from torch import Tensor
 
 from lct.data.atomic import new_file
 from lct.data.scenefile import SceneFile
-from lct.data.scenes import shot_prompt
+from lct.data.scenes import shot_prompt, single_prompt
 from lct.data.shards import TEXT, Entry, is_packed, read_manifest, read_packed
 
 
 def prompts_of(scene: SceneFile) -> list[str]:
-    """Every prompt that training may ask of a scene: the global one, its shots' with and without the mark of a cut."""
-    asked = [shot_prompt(shot.prompt, cut) for shot in scene.shots for cut in (shot.cut, False)]
-    shared = [] if scene.global_prompt is None else [scene.global_prompt.text()]
-    return list(dict.fromkeys([*asked, *shared]))
+    """Every prompt that training may ask of a scene: the global one, and its shots', in the scene and on their own."""
+    shared = None if scene.global_prompt is None else scene.global_prompt.text()
+    inside = [shot_prompt(shot.prompt, shot.cut) for shot in scene.shots]
+    alone = [single_prompt(shared, shot.prompt) for shot in scene.shots]
+    return list(dict.fromkeys([*inside, *alone, *([] if shared is None else [shared])]))
 
 
 def write_features(file: Path, features: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:

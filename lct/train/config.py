@@ -64,7 +64,7 @@ class TrainConfig:
     clip: float
     """Largest norm of the gradient."""
     ema: float
-    """Decay of the moving average of the weights."""
+    """Decay of the moving average of the weights; decay^steps of it are the weights that the stage began with."""
     time_mean: float
     time_std: float
     """Training times are sigmoid(N(mean, std²)), one for each shot (§ 3.4)."""
@@ -76,6 +76,9 @@ class TrainConfig:
     compute_dtype: str = "float32"
     shift_rows: int = 0
     """Video rows of the shot that the shift is for; larger shots get more of it. 0: the same for all."""
+    unshifted: float = 0.0
+    """Share of the shots whose time is drawn without the shift, which leaves hardly any shot as clean as those that
+    others are conditioned on: with 5, one in 15,000 below 0.1, where the paper has one in 70."""
     shared_time: bool = False
     """One time for all shots of a scene instead of one for each (§ 3.2.3), to see what is lost by it."""
     one_place: bool = False
@@ -118,6 +121,8 @@ class TrainConfig:
         for name, value in (("clip", self.clip), ("shift", self.shift), ("time_std", self.time_std)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= self.unshifted <= 1:
+            raise ValueError(f"unshifted: expected a share, 0 to 1, got {self.unshifted}")
         data = self.data
         for name in ("image_probability", "drop_probability"):
             if not 0 <= getattr(data, name) <= 1:

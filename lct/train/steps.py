@@ -98,8 +98,9 @@ class Steps(Steppable):
     def _packed(self, scenes: list[Drawn]) -> Batch:
         c = self.config
         return pack_drawn(
-            scenes, self.encoder.tokenize, c.model.patch, c.visibility, c.shared_time, c.one_place, c.model.cross
-        )
+            scenes, self.encoder.tokenize, c.model.patch, c.visibility, c.shared_time, c.one_place, c.model.cross,
+            c.unshifted,
+        )  # fmt: skip
 
     def _read(self, drawn: Drawn) -> Drawn:
         """The scene with its latents in memory; `Damaged` where they, or its text, cannot be read."""

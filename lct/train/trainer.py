@@ -169,7 +169,8 @@ class Trainer:
         """t of every shot of a batch, fp32 [N] (§ 3.2.3, § 3.4)."""
         c = self.config
         shifts = [shot_shift(c.shift, shot.video_rows, c.shift_rows) for shot in batch.layout.shots]
-        return shift_time(logit_normal(batch.normal, c.time_mean, c.time_std), torch.tensor(shifts))
+        shift = torch.where(batch.shifted, torch.tensor(shifts), 1.0)
+        return shift_time(logit_normal(batch.normal, c.time_mean, c.time_std), shift)
 
     def train_step(self, data: Iterator[StepData] | None = None) -> StepRecord:
         """One step; where loss or gradient is not finite, nothing but the count of steps changes.

@@ -67,7 +67,8 @@ def steps(out: Path, full: bool = False) -> list[Step]:
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 60, r"^lct: (built for cuda .+)$"),
         Step("validate", [python, "-c", doctor], 100, r"^(\d+ of \d+ passed)"),
-        Step("test", [python, "-m", "pytest", *impatient, *workers, *tests], 200, r"(\d+ (?:passed|failed).*)"),
+        Step("launch", [python, "tests/small_launches.py"], 60, r"^(every implementation .+)$"),
+        Step("test", [python, "-m", "pytest", "-vv", *impatient, *workers, *tests], 200, r"(\d+ (?:passed|failed).*)"),
         *(
             Step(tool, [*sanitizer, tool, python, "tests/small_launches.py"], 80, summary, sanitizer[0], apart)
             for tool, summary in (("memcheck", r"(ERROR SUMMARY: .+)"), ("racecheck", r"(RACECHECK SUMMARY: .+)"))

@@ -244,8 +244,8 @@ class Forward {
       for (int i = 2 * half; i < kKeys / 2; i += 4) found = fmaxf(found, fmaxf(scores[i], scores[i + 1]));
       found = fmaxf(found, exchange(found, 1));
       found = fmaxf(found, exchange(found, 2));
-      const float base = found == -INFINITY ? 0.f : found * scale;  // −∞ − −∞ would be NaN
-      shrink[half] = exp2_fast(top[half] * scale - base);
+      const float base = found == -INFINITY ? 0.f : rounded_product(found, scale);  // −∞ − −∞ would be NaN
+      shrink[half] = exp2_fast(rounded_product(top[half], scale) - base);  // 1 where the maximum stays, step by step
       top[half] = found;
       float added = 0.f;
 #pragma unroll

@@ -18,11 +18,12 @@ using TensorMap = CUtensorMap;
 
 DEVICE int thread_index() { return int(threadIdx.x); }
 
-// Asked for again each time: what follows from it takes no registers elsewhere.
+// Asked for again each time: what follows from it takes no registers elsewhere. The compiler is told what it could not
+// know of it, or each division by a power of two would first ask for the sign.
 DEVICE int thread_index_anew() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  return index;
+  return index & 1023;
 }
 
 // The same in all threads of a warp, as the compiler then knows.
@@ -36,6 +37,8 @@ DEVICE int block_count() { return int(gridDim.x); }
 DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
 // -- barriers ----------------------------------------------------------------------------------------------------------
+
+constexpr uint32_t kMostTries = 1u << 28;
 
 DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -60,12 +63,15 @@ DEVICE void barrier_arrive(uint64_t* barrier, int block) {
       : "memory");
 }
 
-// Until the phase of this parity is over; the phase before a barrier's first counts as one of parity 1.
+// Until the phase of this parity is over; the phase before a barrier's first counts as one of parity 1. A wait without end
+// ends the kernel after so many tries, seconds at least: an error says more than a GPU that hangs.
 DEVICE void barrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "{\n.reg .pred done, late;\n.reg .b32 tries;\nmov.b32 tries, 0;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra over;\n"
+      "add.u32 tries, tries, 1;\nsetp.gt.u32 late, tries, %2;\n@late trap;\nbra again;\nover:\n}\n" ::"r"(
+          shared_address(barrier)),
+      "r"(parity), "n"(kMostTries)
       : "memory");
 }
 
@@ -127,6 +133,10 @@ DEVICE void fewer_registers() {
 }
 
 DEVICE float exchange(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
+
+// Rounded for itself: the compiler would make one operation of it and a difference, which then differs from 0 where two
+// equal products are subtracted.
+DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
 // 2ˣ, with subnormal results as 0.
 DEVICE float exp2_fast(float x) {

@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck python tests/small_launches.py
 
-Sizes end inside tiles, so that every mask is at work. Exits with 1 where Triton or the CUDA
-library could not be launched at all.
+Sizes end inside tiles, so that every mask is at work; attention also over enough keys that every ring of copies goes
+round, on Hopper by blocks alone and in pairs. Exits with 1 where Triton or the CUDA library could not be launched.
 """
 
 import sys
@@ -11,13 +11,27 @@ import sys
 import torch
 from tensors import SCENES, SELECTION, Inputs, Join, build
 
-from lct.kernels import KVRows, NormRope, assemble_, gated, modulate, norm_rope_append_, norm_rope_join, select
+from lct.kernels import (
+    KVRows,
+    NormRope,
+    assemble_,
+    cuda_attention,
+    gated,
+    modulate,
+    norm_rope_append_,
+    norm_rope_join,
+    select,
+)
 
 CUDA = torch.device("cuda")
+LONG = [[(3, (1, 14, 14), "shot"), (9, (2, 15, 17), "shot")]]
 
 
 def attention_once(impl, dtype, dim):
-    Inputs.random(build(SCENES, SELECTION).plan(), 4, 2, dim, dtype).to(CUDA).run(build(SCENES, SELECTION), impl=impl)
+    for layout, tiles in ((build(SCENES, SELECTION), 8), (build(LONG), 8), (build(LONG), 0)):
+        cuda_attention.PAIRED_TILES = tiles  # of cuda alone; 0: always in pairs
+        for deterministic in (False, True):
+            Inputs.random(layout.plan(), 4, 2, dim, dtype).to(CUDA).run(layout, impl=impl, deterministic=deterministic)
 
 
 def norm_rope_once(impl, dtype, dim):
@@ -61,7 +75,7 @@ def main():
                 ONCE[operation.name](impl, dtype, dim)
                 torch.cuda.synchronize()
                 launched.append(f"{operation.name} {impl}")
-                print(f"{launched[-1]}, {dtype}, {dim} channels: launched")
+                print(f"{launched[-1]}, {dtype}, {dim} channels: launched", flush=True)
     hopper = torch.cuda.get_device_capability() == (9, 0)
     wanted = {f"{operation.name} {impl}" for operation in select.OPERATIONS for impl in operation if impl == "triton"}
     wanted |= {"norm_rope cuda", *(["attention cuda"] if hopper else [])}

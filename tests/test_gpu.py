@@ -142,7 +142,7 @@ def test_rows_that_a_query_cannot_see_may_hold_nan(impl, dtype):
     poisoned = Inputs(*(x.clone() for x in inputs))
     for x in (poisoned.q, poisoned.k, poisoned.v, poisoned.dout):
         x[last:] = float("nan")
-    before, after = (x.run(layout, impl=impl) for x in (inputs, poisoned))
+    before, after = (x.run(layout, impl=impl, deterministic=True) for x in (inputs, poisoned))
     for i in (0, 2) if len(after) > 2 else (0,):  # out and dq of earlier shots
         assert same_bytes(before[i][:last], after[i][:last])
     assert after[0][last:].isnan().all()
@@ -184,7 +184,7 @@ def test_int32_offset_overflow(impl):
 
     def results(layout, *tensors):
         leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-        out = attention(*leaves, layout, impl=impl)
+        out = attention(*leaves, layout, impl=impl, deterministic=True)
         return out.detach(), *torch.autograd.grad(out, leaves, tensors[3])
 
     small = [x[last:].clone() for x in (q, k, v, dout)]

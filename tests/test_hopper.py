@@ -166,6 +166,20 @@ def test_scores_of_every_size():
 
 
 @needs_compiler
+def test_a_maximum_that_stays_shrinks_nothing():
+    """The largest score stands in the first of thirty tiles: sums must not be rescaled by almost 1 in each."""
+    plan = Plan.build([Run(0, 128, ((0, 30 * 176),))], 128, 30 * 176)
+    q, k = (normal(n, 1, 128, dtype=torch.float16, seed=n) for n in (128, 30 * 176))
+    k[1:] *= 0.1
+    k[0], q[:, 0] = 0, torch.linspace(2, 4, 128)[:, None]
+    k[0, 0, 0] = 16.0
+    given = q, k, k.flip(2)
+    lse = reference.forward(*(x.double() for x in given), plan.table, plan.host_table, 1.0)[1]
+    found = emulated.forward(*given, plan.table, plan.host_table, 1.0)[1]
+    assert (found.double() - lse).abs().max() < 2e-5
+
+
+@needs_compiler
 @each_dim
 def test_neither_chance_nor_blocks_change_a_bit(dim):
     """Whatever order warps, copies and products take, however many blocks, in pairs or not."""

@@ -170,6 +170,11 @@ inline float exchange(float x, int lanes) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 
+inline float rounded_product(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+
 template <class T>
 uint32_t packed(T, float low, float high) {
   return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;

@@ -236,7 +236,7 @@ class Forward {
         if (column_of(thread_index(), i) >= count) scores[i] = -INFINITY;
       }
     }
-    const float scale = p_.sizes.scale * 1.44269504088896340736f;
+    const float slope = p_.sizes.scale * 1.44269504088896340736f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float found = top[half];
@@ -244,6 +244,9 @@ class Forward {
       for (int i = 2 * half; i < kKeys / 2; i += 4) found = fmaxf(found, fmaxf(scores[i], scores[i + 1]));
       found = fmaxf(found, exchange(found, 1));
       found = fmaxf(found, exchange(found, 2));
+      // A score's product is exact and `base` is rounded, so weights share a factor that cancels but must not overflow.
+      // Past 2²⁴, where scores are known to no closer than such factors, a power of two rounds nothing.
+      const float scale = fabsf(found) * slope < 16777216.f ? slope : power_of_two_in(slope);
       const float base = found == -INFINITY ? 0.f : rounded_product(found, scale);  // −∞ − −∞ would be NaN
       shrink[half] = exp2_fast(rounded_product(top[half], scale) - base);  // 1 where the maximum stays, step by step
       top[half] = found;

@@ -138,6 +138,9 @@ DEVICE float exchange(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes
 // equal products are subtracted.
 DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
+// The largest that is not above x, of a normal x > 0.
+DEVICE float power_of_two_in(float x) { return __uint_as_float(__float_as_uint(x) & 0xff800000u); }
+
 // 2ˣ, with subnormal results as 0.
 DEVICE float exp2_fast(float x) {
   float y;

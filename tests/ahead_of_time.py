@@ -99,14 +99,15 @@ def attention(layout: SceneLayout, dtype: torch.dtype, dim: int, kv_heads: int) 
     triton_attention.backward(dout, lse, q, k, v, out, lse, *tables, 0.1, False)
 
 
-def norm_rope(layout: SceneLayout, dtype: torch.dtype, dim: int, scope: str) -> None:
+def norm_rope(layout: SceneLayout, dtype: torch.dtype, dim: int, scope: str, heads: str = "4") -> None:
     geometry = layout.geometry()
-    sizes = (dim, dim) if scope == "head" else (4 * dim, 2 * dim)
+    count, kv_count = int(heads), int(heads) // 2
+    sizes = (dim, dim) if scope == "head" else (count * dim, kv_count * dim)
     streams = [
-        (torch.zeros(len(rows), 8, dim, dtype=dtype), tuple(torch.ones(n) for n in sizes), rows)
+        (torch.zeros(len(rows), count + 2 * kv_count, dim, dtype=dtype), tuple(torch.ones(n) for n in sizes), rows)
         for rows in (geometry.streams.text_rows, geometry.streams.video_rows)
     ]
-    rope = geometry.positions, 4, (dim // 4, dim // 2, dim // 4), 1e4, 1e-6, scope
+    rope = geometry.positions, count, (dim // 4, dim // 2, dim // 4), 1e4, 1e-6, scope
     q, k, v = triton_norm_rope.norm_rope_join(streams, *rope)
     cache = k, v, torch.arange(len(k))
     triton_norm_rope.norm_rope_append_(streams, rope[0], cache, None, *rope[1:])
@@ -126,13 +127,14 @@ def modulate(layout: SceneLayout, dtype: torch.dtype, channels: int) -> None:
 
 
 def run(case: str) -> None:
-    """ "attention-DTYPE-DIM[-gqa][-selection][-pointers]", "norm_rope-DTYPE-DIM-SCOPE" or "modulate-DTYPE-CHANNELS".
+    """ "attention-DTYPE-DIM[-gqa][-selection][-pointers]", "norm_rope-DTYPE-DIM-SCOPE[-HEADS]" or
+    "modulate-DTYPE-CHANNELS".
 
     pointers: no TMA, as for tensors on Hopper that it cannot describe.
     """
     operation, dtype, size, *options = case.split("-")
-    boxable = triton_attention._boxable
-    triton_attention._boxable = (lambda x: False) if "pointers" in options else boxable
+    describable = triton_attention.describable
+    triton_attention.describable = (lambda x: False) if "pointers" in options else describable
     layouts = [SceneLayout(LAYOUTS[-1].scenes, SELECTION)] if "selection" in options else LAYOUTS
     for layout in layouts:
         if operation == "attention":
@@ -141,7 +143,7 @@ def run(case: str) -> None:
             norm_rope(layout, DTYPES[dtype], int(size), *options)
         else:
             modulate(layout, DTYPES[dtype], int(size))
-    triton_attention._boxable = boxable
+    triton_attention.describable = describable
 
 
 def main(capability: int, cases: list[str]) -> None:

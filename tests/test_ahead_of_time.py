@@ -28,10 +28,11 @@ CASES = {
     "norm_rope": [
         "norm_rope-bf16-128-head",
         "norm_rope-fp16-64-row",
+        "norm_rope-bf16-128-row-40",
         "norm_rope-fp32-256-head",
         "norm_rope-bf16-72-head",
     ],
-    "modulate": ["modulate-bf16-2048", "modulate-fp32-128"],
+    "modulate": ["modulate-bf16-2048", "modulate-bf16-5120", "modulate-fp32-128"],
 }
 KERNELS = {
     "attention": ["forward_kernel", "delta_kernel", "dq_kernel", "dkv_kernel"],
@@ -78,22 +79,34 @@ def test_every_variant_compiles_once_whatever_the_shots(kernels):
             assert sorted(got) == sorted(KERNELS[case.split("-")[0]]), case
 
 
-# Stores to the stack that are known, at most: exact fp32 products run on plain FMAs, every operand in a register; head
-# dims that are no multiple of 32 mask their channels; several intervals a run take a few registers more.
+# Stores to the stack that are known, at most, on Triton 3.6 and 3.9: exact fp32 products run on FMAs, every operand
+# in a register; head dims that are no multiple of 32 mask their channels; several intervals a run take a few registers
+# more; and a tile that is half as large costs more than what these few do.
 SPILLS = {
     (80, "attention-fp32"): 100,
     (90, "attention-fp32"): 180,
     (80, "attention-bf16-72"): 60,
+    (80, "attention-bf16-64-gqa forward"): 5,
+    (80, "attention-bf16-128 forward"): 5,
+    (80, "attention-fp16-96 forward"): 8,
+    (80, "attention-bf16-128 dq"): 2,
+    (80, "attention-fp16-96 dq"): 2,
     (80, "attention-bf16-128-selection"): 3,
-    (90, "attention-bf16-128-selection"): 7,
+    (90, "attention-bf16-128-selection forward"): 2,
+    (90, "attention-bf16-128 dkv"): 23,
+    (90, "attention-fp16-96 dkv"): 14,
     (80, "norm_rope-bf16-72"): 1,
-    (90, "norm_rope-bf16-72"): 1,  # of Triton 3.6
+    (90, "norm_rope-bf16-72"): 1,
 }
 
 
 def test_nothing_spills(kernels):
     for k in kernels:
-        known = [n for (capability, case), n in SPILLS.items() if k["capability"] == capability and case in k["case"]]
+        known = [
+            most
+            for (capability, words), most in SPILLS.items()
+            if k["capability"] == capability and all(word in f"{k['case']} {k['kernel']}" for word in words.split())
+        ]
         assert k["STL"] <= max(known, default=0), named(k)
 
 

@@ -1,6 +1,7 @@
 """The Hopper kernels without a GPU: their own source run thread by thread on an emulated one, what the compiler makes
 of it, and the index arithmetic. The emulation is tested too: what is planted in the source must be found."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -231,6 +232,19 @@ def test_scales_that_the_kernel_does_not_take(monkeypatch, scale):
     truth = reference.forward(*(x.double() for x in inputs[:3]), plan.table, plan.host_table, scale)
     compare(out, truth[0], reference.forward(q, k, v, plan.table, plan.host_table, scale)[0])
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("logit", [-1e4, -1e9, -1e30, -1e38], ids=str)
+def test_logits_below_any_sentinel(logit):
+    plan = Plan.build([Run(0, 3, ((0, 7),))], 3, 200)
+    q, k, v = torch.zeros(3, 1, 64), torch.zeros(200, 1, 64), normal(200, 1, 64)
+    q[..., 0], k[:7, :, 0] = 3, logit
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    out, lse = emulated.forward(q, k, v, plan.table, plan.host_table, 1 / 3)
+    assert (out.double() - v[:7].double().mean(0)).abs().max() <= 4 * torch.finfo(q.dtype).eps * v.abs().max()
+    exact = k[0, 0, 0].double() + math.log(7)
+    assert (lse.double() - exact).abs().max() <= 2 * torch.finfo(lse.dtype).eps * abs(exact)
 
 
 def test_without_keys_or_queries():

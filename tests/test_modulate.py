@@ -87,6 +87,18 @@ def test_random_shots(impl, sizes, seed):
 
 
 @each_impl
+def test_a_sum_over_a_long_shot(impl):
+    """Between short ones, and of more tiles than are added up at once."""
+    sizes = 3, 2100, 40
+    given = problem(sizes, channels=16)
+    x, branch, dout, _, _, gate = given
+    x, branch, gate, starts, dout = to(home(impl), (x, branch, gate.clone().requires_grad_(), starts_of(sizes), dout))
+    skip_unless_able(select.MODULATE, impl, x)
+    (got,) = torch.autograd.grad(gated(x, branch, gate, starts, impl), gate, dout)
+    compare(got.cpu(), exact(*given, sizes)[-1], plain(*given, sizes)[-1], kind="gradient")
+
+
+@each_impl
 def test_a_shot_is_moved_by_its_own_modulation_alone(impl):
     """NaN in the modulation of one shot, or in its rows, leaves every other shot's rows and gradients as they were."""
     given = problem(SIZES)

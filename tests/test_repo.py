@@ -157,7 +157,7 @@ def test_the_table_has_no_circle(name):
     assert name not in reached
 
 
-SHARED = ("lct.kernels.triton_common", "lct.kernels.native", "lct.kernels.rope")
+SHARED = ("lct.kernels.gpu_attention", "lct.kernels.triton_common", "lct.kernels.native", "lct.kernels.rope")
 
 
 @pytest.mark.parametrize("name", sorted({m.__name__ for m in (*ATTENTION.values(), *NORM_ROPE.values())}))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lct.kernels import native
+from lct.kernels.gpu_attention import above_zero, describable
 
 BY_NAME_ONLY = "has not run on a GPU yet"  # why `auto` does not take it, wherever it passes its tests
 FORWARD_ONLY = True
@@ -42,17 +43,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, 
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if not k.numel() or not q.numel():
         return out.zero_(), lse.fill_(-torch.inf)
-    q, scale = _scaled(q, scale)
+    q, scale = above_zero(q, scale)
     given = _copyable(q), _copyable(k), _copyable(v), table, host_table
     native.library().attention_forward_on_gpu(*given, out, lse, scale, _paired(host_table))
     return out, lse
-
-
-def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The same scores from a scale above 0, all that the kernel takes."""
-    if scale > 0:
-        return q, scale
-    return (q * 0, 1.0) if scale == 0 else (-q, -scale)
 
 
 def _paired(host_table: Tensor) -> bool:
@@ -62,10 +56,6 @@ def _paired(host_table: Tensor) -> bool:
 
 
 def _copyable(x: Tensor) -> Tensor:
-    """The same values where bulk copies reach them: aligned to 16 bytes, with strides that do not overlap rows."""
+    """The same values where bulk copies reach them."""
     x = x.detach()
-    aligned = x.data_ptr() % 16 == 0 and all(
-        size == 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
-        for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True)
-    )
-    return x if aligned and x.stride(2) == 1 else x.clone(memory_format=torch.contiguous_format)
+    return x if describable(x) else x.clone(memory_format=torch.contiguous_format)

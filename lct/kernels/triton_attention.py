@@ -19,7 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lct.kernels import triton_common
-from lct.kernels.triton_common import Rows, on, reachable
+from lct.kernels.gpu_attention import above_zero, describable
+from lct.kernels.triton_common import Rows, launch, reachable
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -92,19 +93,30 @@ def _statistic(x, rows, head, q_rows, end):
 
 
 @triton.jit
+def _slope(peak, scale):
+    """Of weights 2^(slope · score − slope · peak). One operation makes a weight of a score, with an exact product where
+    the other is rounded: weights of a row share a factor, which cancels but must not overflow. Past 2²⁴, where scores
+    are known to no closer than such factors, a power of two rounds nothing."""
+    slope = scale * LOG2E
+    below = (slope.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(peak) * slope < 2**24, slope, below)
+
+
+@triton.jit
 def _forward_block(
     out, peak, total, queries, k, v, k_box, v_box, first, end, head, scale,
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: online softmax, statistics in fp32. Differences are taken before the change of base, so that
-    no logit that fp32 can hold overflows."""
+    """One block of keys: online softmax, statistics in fp32; `peak` is of products before their scale."""
     keys = _load(k, k_box, first, head, end, N, D, MASKED)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if MASKED:
         scores = tl.where((first + tl.arange(0, N) < end)[None, :], scores, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, 1))
-    p = tl.exp2((scores - higher[:, None]) * LOG2E)
-    shrink = tl.exp2((peak - higher) * LOG2E)
+    slope = _slope(higher, scale)
+    base = higher * slope
+    p = tl.exp2(scores * slope[:, None] - base[:, None])
+    shrink = tl.exp2((peak - higher) * slope)  # 1 where the peak stays, step by step
     values = _load(v, v_box, first, head, end, N, D, MASKED)
     out = tl.dot(p.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
     return out, higher, total * shrink + tl.sum(p, 1)
@@ -136,7 +148,7 @@ def forward_kernel(
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # rows that see nothing: out 0, lse −inf
         _store(out, acc, first, head, end, M, D)
         rows = first + tl.arange(0, M)
-        row_lse = peak + tl.log(total)
+        row_lse = peak * scale + tl.log(total)
         tl.store(lse + tl.cast(head, tl.int64) * q_rows + rows, row_lse, mask=rows < end)
 
 
@@ -272,18 +284,19 @@ def tiles(kernel: str, dim: int, itemsize: int, hopper: bool) -> Tiles:
     do not depend on what was tuned where."""
     if itemsize == 4:  # exact fp32 products run on plain FMAs, every operand in a register
         return Tiles(32, 32, 1, 1) if triton_common.INTERPRETED else Tiles(16, 16, 8, 1)
-    # Blocks are as long as registers allow without a spill, on Triton 3.6 as on 3.9. Before Hopper, operands wait in
+    # Blocks are as long as registers allow with hardly a spill on Triton 3.6 and 3.9. Before Hopper, operands wait in
     # registers; head dims that are no multiple of 32 need masks for their channels too.
     wide, padded, odd = dim > 64, dim & (dim - 1) != 0, dim % 32 != 0
     if kernel == "forward":
         if hopper:
-            return Tiles(128, 128, 8, 2 if wide else 3)
-        return Tiles(128, (16 if odd else 32) if wide else 64, 8, 2 if odd else 3)
+            return Tiles(128, 128, 8, 3)
+        return Tiles(128, 16 if wide and odd else 64, 8 if wide else 4, 2 if odd else 3)
     if kernel == "dq":
-        rows = (32 if wide and padded else 64) if hopper else (16 if wide else 32)
-        return Tiles(128, rows, 8, 2)
-    if hopper:
-        return Tiles(32, 64 if odd else 128, 8, 2 if odd else 3) if wide else Tiles(64, 128, 8, 2)
+        if hopper:
+            return Tiles(128, 32, 8, 2) if wide and padded else Tiles(128, 64, 8, 3)
+        return Tiles(128, 16 if wide and odd else 32, 8 if wide else 4, 2)
+    if hopper:  # products of fewer queries would wait for their keys from shared memory
+        return Tiles(64, 64 if odd and wide else 128, 8, 2)
     return Tiles(16 if wide else 32, 128, 8, 2)
 
 
@@ -297,6 +310,7 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See `reference.forward`."""
+    q, scale = above_zero(q, scale)
     q, k, v = (reachable(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
@@ -329,10 +343,10 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
     if q.shape[0]:
-        with on(q.device):
-            delta_kernel[triton.cdiv(q.shape[0], 64), q.shape[1]](
-                Rows.of(dout), Rows.of(out), dlse.contiguous(), delta, q.shape[0], D=q.shape[2], M=64
-            )
+        launch(
+            delta_kernel, q.device, (triton.cdiv(q.shape[0], 64), q.shape[1]),
+            Rows.of(dout), Rows.of(out), dlse.contiguous(), delta, q.shape[0], D=q.shape[2], M=64,
+        )  # fmt: skip
     given = Rows.of(q), Rows.of(k), Rows.of(v)
     rest = Rows.of(dout), lse, delta
     group = q.shape[1] // k.shape[1]
@@ -358,11 +372,11 @@ def _launch(kernel, size: Tiles, owner: Tensor, block: int, table: Tensor, host:
     runs, width = table.shape
     # A GPU is done with programs that find no tile at once, but interpreted each takes milliseconds.
     partial = int((host[:, 0] < host[:, 1]).sum()) if triton_common.INTERPRETED else runs
-    with on(owner.device):
-        kernel[triton.cdiv(rows, block) + partial, heads](
-            *arguments, **constants, R=runs, WIDTH=width, D=dim, M=size.m, N=size.n,
-            num_warps=size.warps, num_stages=size.stages,
-        )  # fmt: skip
+    launch(
+        kernel, owner.device, (triton.cdiv(rows, block) + partial, heads),
+        *arguments, **constants, R=runs, WIDTH=width, D=dim, M=size.m, N=size.n,
+        num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
 
 
 def _sizes(kernel: str, q: Tensor) -> Tiles:
@@ -374,19 +388,11 @@ def _hopper(device: torch.device) -> bool:
 
 
 def _boxes(a: Tensor, b: Tensor, block: int) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
-    """On Hopper, descriptors of both tensors as [A, S, D] whose boxes are `block` rows of one head; None where base or
-    strides are no multiples of 16 bytes."""
-    if not _hopper(a.device) or not all(_boxable(x) for x in (a, b)):
+    """On Hopper, descriptors of both tensors as [A, S, D] whose boxes are `block` rows of one head, where they can be
+    described."""
+    if not _hopper(a.device) or not (describable(a) and describable(b)):
         return None, None
     return _box(a, block), _box(b, block)
-
-
-def _boxable(x: Tensor) -> bool:
-    return (
-        x.shape[0] > 0
-        and x.data_ptr() % 16 == 0
-        and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
-    )
 
 
 def _box(x: Tensor, block: int) -> TensorDescriptor:

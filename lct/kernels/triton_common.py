@@ -42,9 +42,11 @@ def reachable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and abs(x.stride(0)) < 2**31 // 256 else x.contiguous()
 
 
-def on(device: torch.device):
-    """Launch on the tensors' own GPU, whichever is current."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def launch(kernel, device: torch.device, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """Run a kernel on the tensors' own GPU, whichever is current. Products and sums become one operation, as everywhere
+    else; whether that is Triton's default depends on its version."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants, enable_fp_fusion=True)
 
 
 def reasons(x: Tensor) -> list[str]:

@@ -5,7 +5,8 @@ over a shot's rows are formed tile by tile and then added up in the order of the
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
-# Triton's annotations say constexpr where its language takes a plain value, and know nothing of launches.
+# pyright: reportGeneralTypeIssues=false
+# Triton's annotations say constexpr where its language takes a plain value, and know nothing of launches or tl.range.
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lct.kernels import triton_common
-from lct.kernels.triton_common import on, reachable
+from lct.kernels.triton_common import launch, reachable
 
-TILE = 32  # rows of a program
+TILE = 32  # rows of a program that leaves sums for others to add up
+FORWARD_TILE = 16  # of one that leaves none: twice as many, where rows are few
 
 
 # -- what every kernel does --------------------------------------------------------------------------------------------
@@ -71,12 +73,12 @@ def _normed(x, eps, C: tl.constexpr, P: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def modulate_kernel(
     x, shift, scale, out, starts, count, x_row, shift_row, scale_row, eps,
-    C: tl.constexpr, P: tl.constexpr, SHOTS: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, SHOTS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     shot, first, end = _find_rows(starts, count, SHOTS, T)
     if first < end:
         factor, offset = 1 + _load(scale, shot, scale_row, C, P), _load(shift, shot, shift_row, C, P)
-        for row in range(first, end):
+        for row in tl.range(first, end, num_stages=STAGES):
             normed, _ = _normed(_load(x, row, x_row, C, P), eps, C, P)
             _store(out, normed * factor + offset, row, C, C, P)
 
@@ -84,14 +86,14 @@ def modulate_kernel(
 @triton.jit(do_not_specialize=["count"])
 def modulate_backward_kernel(
     dout, x, scale, dx, shift_parts, scale_parts, starts, count, dout_row, x_row, scale_row, eps,
-    C: tl.constexpr, P: tl.constexpr, SHOTS: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, SHOTS: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile's rows, and the tile's part of dshift and dscale."""
     shot, first, end = _find_rows(starts, count, SHOTS, T)
     if first < end:
         factor = 1 + _load(scale, shot, scale_row, C, P)
         d_shift, d_scale = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
-        for row in range(first, end):
+        for row in tl.range(first, end, num_stages=STAGES):
             normed, inverse = _normed(_load(x, row, x_row, C, P), eps, C, P)
             upstream = _load(dout, row, dout_row, C, P)
             g = upstream * factor
@@ -134,16 +136,20 @@ def gated_backward_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def add_up_kernel(
-    parts, out, starts, count, C: tl.constexpr, BLOCK: tl.constexpr, SHOTS: tl.constexpr, T: tl.constexpr
-):
-    """Sums of a shot's tiles, for BLOCK channels."""
+    parts, out, starts, count, C: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, SHOTS: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """Sums of a shot's tiles, for BLOCK channels: MANY tiles apart from each other, then these MANY sums."""
     shot, channels = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     shots, _, _, tiles = _tiles(starts, count, SHOTS, T)
     first = tl.sum(tl.where(shots < shot, tiles, 0), 0)
-    total = tl.zeros([BLOCK], tl.float32)
-    for tile in range(first, first + tl.sum(tl.where(shots == shot, tiles, 0), 0)):
-        total += tl.load(parts + tl.cast(tile, tl.int64) * C + channels, mask=channels < C, other=0.0)
-    tl.store(out + tl.cast(shot, tl.int64) * C + channels, total, mask=channels < C)
+    end = first + tl.sum(tl.where(shots == shot, tiles, 0), 0)
+    total = tl.zeros([MANY, BLOCK], tl.float32)
+    for tile in range(first, end, MANY):
+        these = tile + tl.arange(0, MANY)
+        places = parts + these.to(tl.int64)[:, None] * C + channels[None, :]
+        total += tl.load(places, mask=(these < end)[:, None] & (channels < C)[None, :], other=0.0)
+    tl.store(out + tl.cast(shot, tl.int64) * C + channels, tl.sum(total, 0), mask=channels < C)
 
 
 # -- host --------------------------------------------------------------------------------------------------------------
@@ -160,7 +166,7 @@ def reasons(x: Tensor) -> list[str]:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, starts: Tensor, eps: float) -> Tensor:
     """See `reference.modulate`."""
     out = x.new_empty(x.shape)
-    _launch(modulate_kernel, (x, shift, scale), (out,), starts, eps)
+    _launch(modulate_kernel, (x, shift, scale), (out,), starts, eps, T=FORWARD_TILE, STAGES=_stages(x))
     return out
 
 
@@ -169,54 +175,63 @@ def modulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.modulate_backward`."""
     dx, shift_parts, scale_parts = x.new_empty(x.shape), _parts(x, starts), _parts(x, starts)
-    _launch(modulate_backward_kernel, (dout, x, scale), (dx, shift_parts, scale_parts), starts, eps)
+    written = dx, shift_parts, scale_parts
+    _launch(modulate_backward_kernel, (dout, x, scale), written, starts, eps, T=TILE, STAGES=_stages(x))
     return dx, _add_up(shift_parts, starts, scale), _add_up(scale_parts, starts, scale)
 
 
 def gated(x: Tensor, branch: Tensor, gate: Tensor, starts: Tensor) -> Tensor:
     """See `reference.gated`."""
     out = x.new_empty(x.shape)
-    _launch(gated_kernel, (x, branch, gate), (out,), starts)
+    _launch(gated_kernel, (x, branch, gate), (out,), starts, T=FORWARD_TILE)
     return out
 
 
 def gated_backward(dout: Tensor, branch: Tensor, gate: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.gated_backward`."""
     d_branch, parts = branch.new_empty(branch.shape), _parts(branch, starts)
-    _launch(gated_backward_kernel, (dout, branch, gate), (d_branch, parts), starts)
+    _launch(gated_backward_kernel, (dout, branch, gate), (d_branch, parts), starts, T=TILE)
     return d_branch, _add_up(parts, starts, gate)
 
 
-def _launch(kernel, given: tuple[Tensor, ...], written: tuple[Tensor, ...], starts: Tensor, *rest: float) -> None:
+def _launch(
+    kernel, given: tuple[Tensor, ...], written: tuple[Tensor, ...], starts: Tensor, *rest: float, **sizes: int
+) -> None:
     """A program for every tile of rows. Tiles never cross a shot, so there is at most one partial tile more for each:
     the grid follows from shapes alone."""
     given = tuple(reachable(x) for x in given)
     rows, channels = given[0].shape
     padded = triton.next_power_of_2(channels)
     if rows:
-        with on(starts.device):
-            kernel[_tiles_at_most(rows, starts),](
-                *given, *written, starts, len(starts) - 1, *(x.stride(0) for x in given), *rest,
-                C=channels, P=padded, SHOTS=_padded_shots(starts), T=TILE, num_warps=min(16, max(4, padded // 512)),
-            )  # fmt: skip
+        launch(
+            kernel, starts.device, (_tiles_at_most(rows, starts, sizes["T"]),),
+            *given, *written, starts, len(starts) - 1, *(x.stride(0) for x in given), *rest,
+            C=channels, P=padded, SHOTS=_padded_shots(starts), **sizes, num_warps=min(16, max(4, padded // 512)),
+        )  # fmt: skip
 
 
-def _tiles_at_most(rows: int, starts: Tensor) -> int:
-    return triton.cdiv(rows, TILE) + len(starts) - 1
+def _stages(x: Tensor) -> int:
+    """Stages of a loop in which all warps wait for each other at every row: the next two rows of two tensors are under
+    way meanwhile, in shared memory, where 64 KiB hold them."""
+    return 3 if 4 * triton.next_power_of_2(x.shape[1]) * x.element_size() <= 2**16 else 1
+
+
+def _tiles_at_most(rows: int, starts: Tensor, tile: int) -> int:
+    return triton.cdiv(rows, tile) + len(starts) - 1
 
 
 def _parts(x: Tensor, starts: Tensor) -> Tensor:
-    return x.new_empty(_tiles_at_most(len(x), starts), x.shape[1], dtype=torch.float32)
+    return x.new_empty(_tiles_at_most(len(x), starts, TILE), x.shape[1], dtype=torch.float32)
 
 
 def _add_up(parts: Tensor, starts: Tensor, like: Tensor) -> Tensor:
     shots, channels = like.shape
     out = like.new_empty(like.shape)
-    block = 128
-    with on(out.device):
-        add_up_kernel[shots, triton.cdiv(channels, block)](
-            parts, out, starts, shots, C=channels, BLOCK=block, SHOTS=_padded_shots(starts), T=TILE
-        )
+    many, block = 64, 32  # narrow blocks: one long shot alone has to fill a GPU
+    launch(
+        add_up_kernel, out.device, (shots, triton.cdiv(channels, block)),
+        parts, out, starts, shots, C=channels, MANY=many, BLOCK=block, SHOTS=_padded_shots(starts), T=TILE,
+    )  # fmt: skip
     return out
 
 

@@ -1,7 +1,7 @@
 """QK-norm, 3D RoPE and the way into joint order, cache rows or the history pool, each as one Triton kernel.
 
-A program takes a few rows of one stream and walks their heads: angles are formed once a row, QKV is read once (again
-from cache where the norm runs over all heads of a row), and what comes out lies where attention reads it.
+A program walks the heads of a few rows of one stream or, where the norm runs over all heads of a row, holds them at
+once: angles are formed for a row and not a head, QKV is read once, and what comes out lies where attention reads it.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lct.kernels import triton_common
 from lct.kernels.rope import frequencies
-from lct.kernels.triton_common import Rows, at, on, reachable
+from lct.kernels.triton_common import Rows, at, launch, reachable
 
 TURN = tl.constexpr(2 * math.pi)
 WARPS = 4
+ROWS = 32  # of a backward program where the norm runs over a row: its sums are as wide as the row, so let them be few
 
 Stream = tuple[Tensor, tuple[Tensor, Tensor], Tensor]  # QKV [R, A + 2·A_kv, D], (q, k) norm weights, joint rows [R]
 KVRows = tuple[Tensor, Tensor, Tensor]  # keys and values [rows, A_kv, D], slots [S]
@@ -82,42 +83,67 @@ def _angles(rope, rows, shown, PAIRS: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, cos, sin, B: tl.constexpr, P: tl.constexpr):
-    """Channel pairs (2m, 2m + 1) of x [B, 2·P] turned."""
-    even, odd = tl.split(tl.reshape(x, [B, P, 2]))
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [B, 2 * P])
+def _rows(stream, count, block, rope, PAIRS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, H: tl.constexpr):
+    """Of a tile of B rows by H heads, [B·H]: rows, which of them there are, joint rows, cos and sin of their angles (a
+    lone row's once for all heads)."""
+    rows = block * B + tl.arange(0, B)
+    cos, sin = _angles(rope, tl.load(stream.joint + rows, mask=rows < count, other=0), rows < count, PAIRS, P)
+    if B > 1 and H > 1:
+        cos = tl.reshape(tl.broadcast_to(cos[:, None, :], [B, H, P]), [B * H, P])
+        sin = tl.reshape(tl.broadcast_to(sin[:, None, :], [B, H, P]), [B * H, P])
+    rows = block * B + tl.arange(0, B * H) // H
+    shown = rows < count
+    return rows, shown, tl.load(stream.joint + rows, mask=shown, other=0), cos, sin
 
 
 @triton.jit
-def _load(x, rows, head, shown, D: tl.constexpr, P: tl.constexpr):
-    """One head of some rows in fp32, [B, 2·P]; 0 where there is none."""
-    channels = tl.arange(0, 2 * P)
-    return tl.load(at(x, rows, head, channels), mask=shown[:, None] & (channels < D)[None, :], other=0.0).to(tl.float32)
+def _heads_from(head, B: tl.constexpr, H: tl.constexpr):
+    """Heads of a tile of B rows by H heads, [B·H]."""
+    return head + tl.arange(0, B * H) % H
 
 
 @triton.jit
-def _store(x, tile, rows, head, shown, D: tl.constexpr, P: tl.constexpr):
+def _rotate(x, cos, sin, P: tl.constexpr):
+    """Channel pairs (2m, 2m + 1) of x [·, 2·P] turned."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], P, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [x.shape[0], 2 * P])
+
+
+@triton.jit
+def _load(x, rows, heads, shown, D: tl.constexpr, P: tl.constexpr):
+    """Heads of some rows in fp32, [·, 2·P]; 0 where there is none."""
     channels = tl.arange(0, 2 * P)
     mask = shown[:, None] & (channels < D)[None, :]
-    tl.store(at(x, rows, head, channels), tile.to(x.data.dtype.element_ty), mask=mask)
+    return tl.load(at(x, rows, heads, channels), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _weight(weight, head, D: tl.constexpr, P: tl.constexpr, BY_ROW: tl.constexpr):
-    """Norm weights of one head, [1, 2·P]; all heads share them unless the norm runs BY_ROW."""
+def _store(x, tile, rows, heads, shown, D: tl.constexpr, P: tl.constexpr):
     channels = tl.arange(0, 2 * P)
-    offset = head * D if BY_ROW else 0
-    return tl.load(weight + offset + channels, mask=channels < D, other=0.0).to(tl.float32)[None, :]
+    mask = shown[:, None] & (channels < D)[None, :]
+    tl.store(at(x, rows, heads, channels), tile.to(x.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _inverse_rms(x, rows, first, HEADS: tl.constexpr, shown, eps, D: tl.constexpr, P: tl.constexpr, B: tl.constexpr):
-    """1 / rms over HEADS heads of a row from head `first` on, [B]."""
-    squares = tl.zeros([B], tl.float32)
-    for head in range(HEADS):
-        tile = _load(x, rows, first + head, shown, D, P)
-        squares += tl.sum(tile * tile, 1)
-    return tl.rsqrt(squares / (HEADS * D) + eps)
+def _weight(weight, heads, HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BY_ROW: tl.constexpr):
+    """Norm weights of some heads, [·, 2·P]; all heads share them unless the norm runs BY_ROW."""
+    channels = tl.arange(0, 2 * P)
+    if BY_ROW:
+        mask = (heads < HEADS)[:, None] & (channels < D)[None, :]
+        found = tl.load(weight + heads[:, None] * D + channels[None, :], mask=mask, other=0.0)
+    else:
+        found = tl.load(weight + channels, mask=channels < D, other=0.0)[None, :]
+    return found.to(tl.float32)
+
+
+@triton.jit
+def _mean(x, HEADS: tl.constexpr, D: tl.constexpr, B: tl.constexpr, H: tl.constexpr, BY_ROW: tl.constexpr):
+    """Over the channels of a row's head or, where the norm runs BY_ROW, of all its HEADS heads: [B·H, 1]."""
+    mean = tl.sum(x, 1, keep_dims=True) / D
+    if BY_ROW:
+        mean = tl.sum(tl.reshape(mean, [B, H, 1]), 1, keep_dims=True) / HEADS
+        mean = tl.reshape(tl.broadcast_to(mean, [B, H, 1]), [B * H, 1])
+    return mean
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -125,62 +151,59 @@ def _inverse_rms(x, rows, first, HEADS: tl.constexpr, shown, eps, D: tl.constexp
 
 @triton.jit
 def _join_heads(
-    out, out_rows, raw, raw_rows, qkv, rows, weight, first, cos, sin, shown, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, B: tl.constexpr, BY_ROW: tl.constexpr,
+    out, out_rows, raw, raw_rows, qkv, here, weight, first, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, B: tl.constexpr, H: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """Norm and turn HEADS heads of QKV from `first` on into `out`; `raw` also gets them unturned."""
-    inverse = tl.zeros([B], tl.float32)
-    if BY_ROW:
-        inverse = _inverse_rms(qkv, rows, first, HEADS, shown, eps, D, P, B)
-    for head in range(HEADS):
-        x = _load(qkv, rows, first + head, shown, D, P)
-        if not BY_ROW:
-            inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-        normed = x * inverse[:, None] * _weight(weight, head, D, P, BY_ROW)
+    rows, shown, _, cos, sin = here
+    for head in range(0, HEADS, H):
+        heads = _heads_from(head, B, H)
+        there = shown & (heads < HEADS)
+        x = _load(qkv, rows, first + heads, there, D, P)
+        inverse = tl.rsqrt(_mean(x * x, HEADS, D, B, H, BY_ROW) + eps)
+        normed = x * inverse * _weight(weight, heads, HEADS, D, P, BY_ROW)
         if raw is not None:
-            _store(raw, normed, raw_rows, head, shown, D, P)
-        _store(out, _rotate(normed, cos, sin, B, P), out_rows, head, shown, D, P)
+            _store(raw, normed, raw_rows, heads, there, D, P)
+        _store(out, _rotate(normed, cos, sin, P), out_rows, heads, there, D, P)
 
 
 @triton.jit
 def _join_rows(
     stream, count, block, rope, q, context, pool, eps,
     A: tl.constexpr, A_KV: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    H: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    rows = block * B + tl.arange(0, B)
-    shown = rows < count
-    joint = tl.load(stream.joint + rows, mask=shown, other=0)
-    cos, sin = _angles(rope, joint, shown, PAIRS, P)
-    _join_heads(q, joint, None, joint, stream.qkv, rows, stream.q_norm, 0, cos, sin, shown, eps, A, D, P, B, BY_ROW)
+    here = _rows(stream, count, block, rope, PAIRS, P, B, H)
+    rows, shown, joint, _, _ = here
+    _join_heads(q, joint, None, joint, stream.qkv, here, stream.q_norm, 0, eps, A, D, P, B, H, BY_ROW)
     slot, pool_slot, raw = joint, joint, None
     if context.slots is not None:
         slot = tl.load(context.slots + joint, mask=shown, other=0)
     if pool is not None:
         pool_slot = tl.load(pool.slots + joint, mask=shown, other=0)
         raw = pool.k
-    _join_heads(
-        context.k, slot, raw, pool_slot, stream.qkv, rows, stream.k_norm, A, cos, sin, shown, eps, A_KV, D, P, B, BY_ROW
-    )
-    for head in range(A_KV):
-        values = _load(stream.qkv, rows, A + A_KV + head, shown, D, P)
-        _store(context.v, values, slot, head, shown, D, P)
+    _join_heads(context.k, slot, raw, pool_slot, stream.qkv, here, stream.k_norm, A, eps, A_KV, D, P, B, H, BY_ROW)
+    for head in range(0, A_KV, H):
+        heads = _heads_from(head, B, H)
+        there = shown & (heads < A_KV)
+        values = _load(stream.qkv, rows, A + A_KV + heads, there, D, P)
+        _store(context.v, values, slot, heads, there, D, P)
         if pool is not None:
-            _store(pool.v, values, pool_slot, head, shown, D, P)
+            _store(pool.v, values, pool_slot, heads, there, D, P)
 
 
 @triton.jit(do_not_specialize=["texts", "videos"])
 def join_kernel(
     text, video, texts, videos, rope, q, context, pool, eps,
     A: tl.constexpr, A_KV: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    H: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """B rows of one stream: q into joint order, k and v into the context, k unturned and v into the pool if any."""
     block, text_blocks = tl.program_id(0), tl.cdiv(texts, B)
     if block < text_blocks:
-        _join_rows(text, texts, block, rope, q, context, pool, eps, A, A_KV, D, PAIRS, P, B, BY_ROW)
+        _join_rows(text, texts, block, rope, q, context, pool, eps, A, A_KV, D, PAIRS, P, B, H, BY_ROW)
     else:
-        _join_rows(video, videos, block - text_blocks, rope, q, context, pool, eps, A, A_KV, D, PAIRS, P, B, BY_ROW)
+        _join_rows(video, videos, block - text_blocks, rope, q, context, pool, eps, A, A_KV, D, PAIRS, P, B, H, BY_ROW)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -196,7 +219,7 @@ def assemble_kernel(
     cos, sin = _angles(rope, rows, shown, PAIRS, P)
     for head in range(A_KV):
         keys = _load(pool.k, source, head, shown, D, P)
-        _store(context.k, _rotate(keys, cos, sin, B, P), slot, head, shown, D, P)
+        _store(context.k, _rotate(keys, cos, sin, P), slot, head, shown, D, P)
         _store(context.v, _load(pool.v, source, head, shown, D, P), slot, head, shown, D, P)
 
 
@@ -205,58 +228,76 @@ def assemble_kernel(
 
 @triton.jit
 def _backward_heads(
-    d_qkv, d_weight, qkv, rows, weight, upstream, joint, first, cos, sin, shown, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, B: tl.constexpr, BY_ROW: tl.constexpr,
+    total, d_qkv, qkv, here, weight, upstream, first, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, B: tl.constexpr, H: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """With y = x·r·w, r = 1/rms, x̂ = x·r, g = dy·w: dx = r (g − x̂ · mean(g·x̂)); Σ dy·x̂ over these rows to d_weight."""
-    channels = tl.arange(0, 2 * P)
-    inverse, mean = tl.zeros([B], tl.float32), tl.zeros([B], tl.float32)
-    if BY_ROW:
-        inverse = _inverse_rms(qkv, rows, first, HEADS, shown, eps, D, P, B)
-        for head in range(HEADS):
-            normed = _load(qkv, rows, first + head, shown, D, P) * inverse[:, None]
-            dy = _rotate(_load(upstream, joint, head, shown, D, P), cos, -sin, B, P)
-            mean += tl.sum(dy * _weight(weight, head, D, P, BY_ROW) * normed, 1) / (HEADS * D)
-    total = tl.zeros([2 * P], tl.float32)
-    for head in range(HEADS):
-        x = _load(qkv, rows, first + head, shown, D, P)
-        dy = _rotate(_load(upstream, joint, head, shown, D, P), cos, -sin, B, P)
-        if not BY_ROW:
-            inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-        normed = x * inverse[:, None]
-        g = dy * _weight(weight, head, D, P, BY_ROW)
-        if not BY_ROW:
-            mean = tl.sum(g * normed, 1) / D
-        _store(d_qkv, inverse[:, None] * (g - normed * mean[:, None]), rows, first + head, shown, D, P)
-        part = tl.sum(dy * normed, 0)
-        if BY_ROW:
-            tl.store(d_weight + head * D + channels, part, mask=channels < D)
-        else:
-            total += part
-    if not BY_ROW:
-        tl.store(d_weight + channels, total, mask=channels < D)
+    """With y = x·r·w, r = 1/rms, x̂ = x·r, g = dy·w: dx = r (g − x̂ · mean(g·x̂)); returns `total` + dy·x̂."""
+    rows, shown, joint, cos, sin = here
+    for head in range(0, HEADS, H):
+        heads = _heads_from(head, B, H)
+        there = shown & (heads < HEADS)
+        x = _load(qkv, rows, first + heads, there, D, P)
+        dy = _rotate(_load(upstream, joint, heads, there, D, P), cos, -sin, P)
+        inverse = tl.rsqrt(_mean(x * x, HEADS, D, B, H, BY_ROW) + eps)
+        normed = x * inverse
+        g = dy * _weight(weight, heads, HEADS, D, P, BY_ROW)
+        dx = inverse * (g - normed * _mean(g * normed, HEADS, D, B, H, BY_ROW))
+        _store(d_qkv, dx, rows, first + heads, there, D, P)
+        total += dy * normed
+    return total
+
+
+@triton.jit
+def _backward_values(
+    d_qkv, here, upstream, first, HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
+    H: tl.constexpr,
+):  # fmt: skip
+    rows, shown, joint, _, _ = here
+    for head in range(0, HEADS, H):
+        heads = _heads_from(head, B, H)
+        there = shown & (heads < HEADS)
+        _store(d_qkv, _load(upstream, joint, heads, there, D, P), rows, first + heads, there, D, P)
+
+
+@triton.jit
+def _store_sums(
+    sums, part, total, HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, B: tl.constexpr, H: tl.constexpr
+):
+    """What `total` of a tile comes to over its rows, for the weights of HEADS heads, as one row of `sums`."""
+    heads, channels = tl.arange(0, H), tl.arange(0, 2 * P)
+    if B > 1:
+        total = tl.sum(tl.reshape(total, [B, H, 2 * P]), 0)
+    places = sums + (part.to(tl.int64) * HEADS + heads)[:, None] * D + channels[None, :]
+    tl.store(places, total, mask=(heads < HEADS)[:, None] & (channels < D)[None, :])
 
 
 @triton.jit
 def _backward_rows(
-    d_qkv, d_q_norm, d_k_norm, stream, count, block, rope, dq, dk, dv, eps,
+    d_qkv, d_q_norm, d_k_norm, stream, count, part, rope, dq, dk, dv, eps,
     A: tl.constexpr, A_KV: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    H: tl.constexpr, BY_ROW: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    rows = block * B + tl.arange(0, B)
-    shown = rows < count
-    joint = tl.load(stream.joint + rows, mask=shown, other=0)
-    cos, sin = _angles(rope, joint, shown, PAIRS, P)
-    d_q_norm += block.to(tl.int64) * (A * D if BY_ROW else D)
-    d_k_norm += block.to(tl.int64) * (A_KV * D if BY_ROW else D)
-    _backward_heads(
-        d_qkv, d_q_norm, stream.qkv, rows, stream.q_norm, dq, joint, 0, cos, sin, shown, eps, A, D, P, B, BY_ROW
-    )
-    _backward_heads(
-        d_qkv, d_k_norm, stream.qkv, rows, stream.k_norm, dk, joint, A, cos, sin, shown, eps, A_KV, D, P, B, BY_ROW
-    )
-    for head in range(A_KV):
-        _store(d_qkv, _load(dv, joint, head, shown, D, P), rows, A + A_KV + head, shown, D, P)
+    qkv, none = stream.qkv, tl.zeros([B * H, 2 * P], tl.float32)
+    if BY_ROW:  # registers hold sums as wide as a row's q or k, not both: the rows are walked once for each
+        first, end = part * (T // B), tl.cdiv(tl.minimum(part * T + T, count), B)
+        total = none
+        for block in range(first, end):
+            here = _rows(stream, count, block, rope, PAIRS, P, B, H)
+            total = _backward_heads(total, d_qkv, qkv, here, stream.q_norm, dq, 0, eps, A, D, P, B, H, BY_ROW)
+        _store_sums(d_q_norm, part, total, A, D, P, B, H)
+        total = none
+        for block in range(first, end):
+            here = _rows(stream, count, block, rope, PAIRS, P, B, H)
+            total = _backward_heads(total, d_qkv, qkv, here, stream.k_norm, dk, A, eps, A_KV, D, P, B, H, BY_ROW)
+            _backward_values(d_qkv, here, dv, A + A_KV, A_KV, D, P, B, H)
+        _store_sums(d_k_norm, part, total, A_KV, D, P, B, H)
+    else:
+        here = _rows(stream, count, part, rope, PAIRS, P, B, H)
+        total = _backward_heads(none, d_qkv, qkv, here, stream.q_norm, dq, 0, eps, A, D, P, B, H, BY_ROW)
+        _store_sums(d_q_norm, part, total, 1, D, P, B, H)
+        total = _backward_heads(none, d_qkv, qkv, here, stream.k_norm, dk, A, eps, A_KV, D, P, B, H, BY_ROW)
+        _store_sums(d_k_norm, part, total, 1, D, P, B, H)
+        _backward_values(d_qkv, here, dv, A + A_KV, A_KV, D, P, B, H)
 
 
 @triton.jit(do_not_specialize=["texts", "videos"])
@@ -264,19 +305,19 @@ def backward_kernel(
     d_text, d_text_q_norm, d_text_k_norm, d_video, d_video_q_norm, d_video_k_norm, text, video, texts, videos, rope,
     dq, dk, dv, eps,
     A: tl.constexpr, A_KV: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    H: tl.constexpr, BY_ROW: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B rows of one stream's QKV, and these rows' part of its norm weights': one row of d_*_norm."""
-    block, text_blocks = tl.program_id(0), tl.cdiv(texts, B)
-    if block < text_blocks:
+    """Gradients of T rows of one stream's QKV, and these rows' part of its norm weights': one row of d_*_norm."""
+    part, text_parts = tl.program_id(0), tl.cdiv(texts, T)
+    if part < text_parts:
         _backward_rows(
-            d_text, d_text_q_norm, d_text_k_norm, text, texts, block, rope, dq, dk, dv, eps,
-            A, A_KV, D, PAIRS, P, B, BY_ROW,
+            d_text, d_text_q_norm, d_text_k_norm, text, texts, part, rope, dq, dk, dv, eps,
+            A, A_KV, D, PAIRS, P, B, H, BY_ROW, T,
         )  # fmt: skip
     else:
         _backward_rows(
-            d_video, d_video_q_norm, d_video_k_norm, video, videos, block - text_blocks, rope, dq, dk, dv, eps,
-            A, A_KV, D, PAIRS, P, B, BY_ROW,
+            d_video, d_video_q_norm, d_video_k_norm, video, videos, part - text_parts, rope, dq, dk, dv, eps,
+            A, A_KV, D, PAIRS, P, B, H, BY_ROW, T,
         )  # fmt: skip
 
 
@@ -334,8 +375,7 @@ def _write(streams, positions, context: KV, pool: KV | None, heads, axes, theta,
     counts = [len(qkv) for qkv, _, _ in streams]
     programs = sum(triton.cdiv(count, sizes["B"]) for count in counts)
     if programs:
-        with on(q.device):
-            join_kernel[programs,](text, video, *counts, rope, Rows.of(q), context, pool, eps, **sizes, num_warps=WARPS)
+        launch(join_kernel, q.device, (programs,), text, video, *counts, rope, Rows.of(q), context, pool, eps, **sizes)
     return q
 
 
@@ -344,11 +384,11 @@ def assemble_(pool: KVRows, cache: KVRows, positions: Tensor, axes: Sequence[int
     keys = cache[0]
     sizes = _tile(keys.shape[2], axes)
     if len(positions):
-        with on(keys.device):
-            assemble_kernel[triton.cdiv(len(positions), sizes["B"]),](
-                _kv(pool), _rope(positions, axes, theta), _kv(cache), len(positions),
-                A_KV=keys.shape[1], **sizes, num_warps=WARPS,
-            )  # fmt: skip
+        launch(
+            assemble_kernel, keys.device, (triton.cdiv(len(positions), sizes["B"]),),
+            _kv(pool), _rope(positions, axes, theta), _kv(cache), len(positions),
+            A_KV=keys.shape[1], **sizes, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def _kv(rows: KVRows) -> KV:
@@ -372,19 +412,20 @@ def norm_rope_join_backward(
     given = [_stream(stream) for stream in streams]
     sizes = _heads(given[0].qkv.data, heads, axes, scope)
     counts = [len(qkv) for qkv, _, _ in streams]
-    blocks = [triton.cdiv(count, sizes["B"]) for count in counts]
+    rows = ROWS if scope == "row" else sizes["B"]  # of a program
+    programs = [triton.cdiv(count, rows) for count in counts]
     d_qkv = [s.qkv.data.new_empty(s.qkv.data.shape) for s in given]
     parts = [
         [w.new_empty(n, len(w), dtype=torch.float32) for w in (s.q_norm, s.k_norm)]
-        for n, s in zip(blocks, given, strict=True)
+        for n, s in zip(programs, given, strict=True)
     ]
-    if sum(blocks):
+    if sum(programs):
         rope = _rope(positions, axes, theta)
-        with on(dq.device):
-            backward_kernel[sum(blocks),](
-                Rows.of(d_qkv[0]), *parts[0], Rows.of(d_qkv[1]), *parts[1], *given, *counts, rope, *upstream, eps,
-                **sizes, num_warps=WARPS,
-            )  # fmt: skip
+        launch(
+            backward_kernel, dq.device, (sum(programs),),
+            Rows.of(d_qkv[0]), *parts[0], Rows.of(d_qkv[1]), *parts[1], *given, *counts, rope, *upstream, eps,
+            **sizes, T=rows,
+        )  # fmt: skip
     weights = [w for _, pair, _ in streams for w in pair]
     return *d_qkv, *(part.sum(0).to(w.dtype) for part, w in zip(sum(parts, []), weights, strict=True))
 
@@ -399,7 +440,15 @@ def _rope(positions: Tensor, axes: Sequence[int], theta: float) -> Rope:
 
 
 def _heads(qkv: Tensor, heads: int, axes: Sequence[int], scope: str) -> dict:
-    return {"A": heads, "A_KV": (qkv.shape[1] - heads) // 2, "BY_ROW": scope == "row", **_tile(qkv.shape[2], axes)}
+    """A tile is B rows by H heads: one, or all of a row where the norm runs over them."""
+    kv_heads = (qkv.shape[1] - heads) // 2
+    sizes = {"A": heads, "A_KV": kv_heads, "BY_ROW": scope == "row", "H": 1, **_tile(qkv.shape[2], axes)}
+    if scope == "head":
+        return {**sizes, "num_warps": WARPS}
+    held = triton.next_power_of_2(max(heads, kv_heads))
+    channels = 2 * held * sizes["P"]
+    rows, warps = min(ROWS, max(1, 512 // channels)), min(16, max(WARPS, channels // 512))
+    return {**sizes, "B": rows, "H": held, "num_warps": warps}
 
 
 def _tile(dim: int, axes: Sequence[int]) -> dict:

@@ -175,6 +175,8 @@ inline float rounded_product(float a, float b) {
   return product;
 }
 
+inline float power_of_two_in(float x) { return std::exp2(std::floor(std::log2(x))); }
+
 template <class T>
 uint32_t packed(T, float low, float high) {
   return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;

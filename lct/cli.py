@@ -5,10 +5,12 @@ What a user can mend is a ValueError, OSError or ImportError; `main` prints it i
 
 from __future__ import annotations
 
+import os
 import runpy
 import shlex
 import shutil
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,6 +54,7 @@ class TrainCommand:
     def run(self) -> None:
         from lct.progress import training
         from lct.train.interrupts import Stopped
+        from lct.train.processes import Processes
         from lct.train.trainer import Trainer
         from lct.train.weights import config_of, load_weights, save_weights
 
@@ -60,10 +63,11 @@ class TrainCommand:
         if self.share is not None and self.config.lora and config_of(str(self.config.init)).lora:
             raise ValueError("share: the changes of two stages do not fit one file; share the folders of both runs")
         config, out = self.config, self.out or Path("runs") / self.config.name
-        trainer = Trainer(config, out, self.device, self.impl, self.execution)
-        if self.execution.scene is not None:
-            trainer.sampler = self._sampler(self.execution.scene, out, trainer.processes)
-        first = trainer.processes.first
+        processes = Processes(self.execution, self.device)
+        # its text encoders come and go before the model, so that they need not fit beside it
+        sampler = None if self.execution.scene is None else self._sampler(self.execution.scene, out, processes)
+        trainer = Trainer(config, out, impl=self.impl, execution=self.execution, sampler=sampler, processes=processes)
+        first = processes.first
         if first:
             _advise(self.impl, trainer.device, trainer.dtype)
         if trainer.resume() and first:
@@ -76,7 +80,7 @@ class TrainCommand:
                 print(stop)
             raise
         finally:
-            trainer.processes.leave()
+            processes.leave()
         if first:
             print(folder)
         if self.share is not None and first:
@@ -91,21 +95,24 @@ class TrainCommand:
         from lct.sample.files import prompts_read, sample_scene
         from lct.sample.request import Sampling
 
-        parts = _pipeline(self.execution.pipeline, str(processes.device), None)
+        c = self.config
+        parts = _pipeline(self.execution.pipeline, str(processes.device), c.compute_dtype)
         if parts is not None:
-            shared, prompts = prompts_read(read_scene(scene), self.config.data.shots)
+            shared, prompts = prompts_read(read_scene(scene), c.data.shots)
             parts.found = processes.once(lambda: parts.prepare([shared or "", *prompts, ""]))
-        elif not self.config.model.vocabulary:
+            parts.let_go()
+        elif not c.model.vocabulary:
             raise ValueError("pipeline: expected the folder of the one that the run tunes, to read and decode `scene`")
 
         def sample(model, step: int) -> None:
-            sampling = Sampling.of(self.config, text_scale=self.config.text_scale_at(step))
+            sampling = Sampling.of(c, text_scale=c.text_scale_at(step), dtype=c.compute_dtype)
             with TemporaryDirectory() as elsewhere:
                 folder = out / "samples" / f"step-{step:07d}" if processes.first else Path(elsewhere) / "scene"
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off behind its checkpoint
-                c = self.config
                 options = {"impl": self.impl, "context": c.data.shots, "pipeline": parts}
                 sample_scene(model, scene, folder, sampling, c.visibility, **options)
+                if parts is not None:
+                    parts.let_go()
 
         return sample
 
@@ -160,7 +167,8 @@ def sample(
             first, which is computed without a cache.
         keep: Keys and values of a finished shot: of a pass of their own, or of the denoising step nearest t_c.
         fps: Frames a second of the mp4 files; the scene file's by default.
-        dtype: Of streams and weights of products, such as bfloat16; the weights' own by default.
+        dtype: Of streams and weights of products, such as bfloat16. By default, on a GPU the one they were trained in,
+            else the weights' own.
         device: Such as cuda.
         impl: Attention implementation.
         pipeline: Folder of a diffusers pipeline, for weights tuned from its transformer, low-rank ones included: its
@@ -169,17 +177,18 @@ def sample(
     """
     from lct.data.scenefile import read_scene
     from lct.sample.files import prompts_read, sample_scene
-    from lct.sample.request import Sampling
+    from lct.sample.request import Sampling, usual_dtype
     from lct.train.weights import available, config_of, load_model
 
     available(device)
     if memory.device is not None:
         available(memory.device, "memory.device")
+    config = config_of(weights)
+    dtype = dtype or usual_dtype(config, device)
     folder = (scene if scene.is_dir() else scene.parent).resolve()
     pipeline = weights if pipeline is None and (weights / "model_index.json").is_file() else pipeline
     parts = _pipeline(pipeline, device, dtype)
     if parts is not None:  # text encoders come and go before the model, so that they need not fit beside it
-        config = config_of(weights)
         parts.check(config.model)
         shared, prompts = prompts_read(read_scene(scene), config.data.shots)
         parts.prepare([shared or "", *prompts, ""])
@@ -259,7 +268,8 @@ class DirectCommand:
     fps: float | None = None
     """Frames a second of the films; the scene file's by default."""
     dtype: ComputeDtype | None = None
-    """Of streams, weights of products and text encoders, such as bfloat16; the weights' own by default."""
+    """Of streams, weights of products and text encoders, such as bfloat16. By default, of a project begun on a GPU the
+    one that the weights were trained in, else the weights' own."""
     fp8: Annotated[bool | None, tyro.conf.arg(name="memory.fp8")] = None
     """Keep keys and values of what a shot sees in 8 bits; stays with the project until it is turned off."""
     history_device: Annotated[str | None, tyro.conf.arg(name="memory.device")] = None
@@ -467,6 +477,7 @@ def mask(
     """
     from lct.data.atomic import new_file
     from lct.draw import mask_picture, positions_picture
+    from lct.layout import parse_layout
 
     if out.suffix.lower() not in (".png", ".jpg", ".webp"):
         raise ValueError(f"out: expected a picture such as mask.png, got {out}")
@@ -509,6 +520,7 @@ def estimate(
         pass_rows: Most rows of a pass in these, as in lct train.
     """
     from lct.estimate import Mesh, print_estimate
+    from lct.layout import parse_layout
 
     mesh = Mesh(processes, replicate, context, recompute, gather_again)
     print_estimate(preset, parse_layout(shots, visibility), tflops, lora, mesh, balance, pass_rows)
@@ -542,29 +554,6 @@ def _bench(arguments: list[str]) -> int:
     return 0
 
 
-def parse_layout(words: tuple[str, ...], visibility: str):
-    """The SceneLayout of words such as `global:12 9:3x8x8 / 4:1x2x2`; ValueError names the word that is wrong."""
-    from lct.layout import GLOBAL_VIDEO, SceneLayout, Shot
-
-    scenes: list[list[Shot]] = [[]]
-    for word in words:
-        if word == "/":
-            scenes.append([])
-            continue
-        text, _, video = word.partition(":")
-        try:
-            if text == "global":
-                scenes[-1].append(Shot(int(video), GLOBAL_VIDEO, "global"))
-            else:
-                frames, height, width = (int(n) for n in video.split("x"))
-                scenes[-1].append(Shot(int(text), (frames, height, width)))
-        except ValueError as error:
-            wanted = "TEXT:TxHxW, for example 9:3x8x8, or global:TEXT"
-            reason = "" if "invalid literal" in str(error) or "unpack" in str(error) else f" ({error})"
-            raise ValueError(f"shots: expected {wanted}, got {word!r}{reason}") from None
-    return SceneLayout(scenes, visibility)
-
-
 COMMANDS = {
     f.__name__: f
     for f in (
@@ -576,7 +565,21 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit code 0, or 2 with one line for what the user can mend."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    code = 1
+    try:
+        code = _main(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():  # it did not leave the others, whom Python's own
+            if sys.exc_info()[1] is not None:  # end might wait for
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["train"]:
             _train(arguments[1:])

@@ -481,6 +481,27 @@ def _offsets(offsets: object, scenes: tuple[tuple[Shot, ...], ...]) -> tuple[tup
     return given
 
 
+def parse_layout(words: Sequence[str], visibility: str) -> SceneLayout:
+    """The SceneLayout of words such as `global:12 9:3x8x8 / 4:1x2x2`; ValueError names the word that is wrong."""
+    scenes: list[list[Shot]] = [[]]
+    for word in words:
+        if word == "/":
+            scenes.append([])
+            continue
+        text, _, video = word.partition(":")
+        try:
+            if text == "global":
+                scenes[-1].append(Shot(int(video), GLOBAL_VIDEO, "global"))
+            else:
+                frames, height, width = (int(n) for n in video.split("x"))
+                scenes[-1].append(Shot(int(text), (frames, height, width)))
+        except ValueError as error:
+            wanted = "TEXT:TxHxW, for example 9:3x8x8, or global:TEXT"
+            reason = "" if "invalid literal" in str(error) or "unpack" in str(error) else f" ({error})"
+            raise ValueError(f"shots: expected {wanted}, got {word!r}{reason}") from None
+    return SceneLayout(scenes, visibility)
+
+
 @lru_cache(maxsize=256)
 def _plan(layout: SceneLayout, device: str) -> Plan:
     runs = [

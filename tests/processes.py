@@ -307,6 +307,28 @@ def dies(out: str) -> None:
         os._exit(2)
 
 
+def fails_alone(out: str) -> None:
+    """The command, with an error of the second process in its third step, while the first waits for its gradients."""
+    from lct import cli
+    from lct.train import processes
+    from lct.train.trainer import Trainer
+
+    processes.FAREWELL = 2.0
+    step = Trainer.train_step
+
+    def train_step(self, data=None):
+        if self.step == 2 and not self.processes.first:
+            raise RuntimeError("of this one alone")
+        return step(self, data)
+
+    Trainer.train_step = train_step
+    options = ["--steps=1000", "--scenes=2", "--init=None", "--model.blocks=1", f"--out={out}"]
+    try:
+        cli.main(["train", "tiny_lct", *options])
+    finally:
+        print("told: a process that has not ended", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](*sys.argv[2:])

@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from lct import MMDiT, SceneLayout, Shot
-from lct.cli import COMMANDS, main, parse_layout
+from lct.cli import COMMANDS, main
 from lct.data.scenefile import read_scene
 from lct.data.video import read_video, write_video
 from lct.kernels.select import ATTENTION
+from lct.layout import parse_layout
 from lct.model.config import preset
 from lct.model.families import build
 from lct.train.runs import RUNS, run

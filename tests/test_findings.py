@@ -13,8 +13,8 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
-from findings import ask, history, page, rivals, ways  # noqa: E402
-from findings.finding import Finding, Row, Series, World, said  # noqa: E402
+from findings import ask, history, notes, page, rivals, ways  # noqa: E402
+from findings.finding import Finding, Row, Series, World, above, below, said  # noqa: E402
 from findings.metrics import by_gap, cut_accuracy, measure, paired  # noqa: E402
 
 from lct.data.toy import ToyScenes, to_frames  # noqa: E402
@@ -198,6 +198,34 @@ def test_a_page_and_a_summary(tmp_path):
     written = page.page(record)
     assert "](#a-b)" in written and "## A, b" in written and "| ours |" in written and "**differs**" in written
     assert "0 of 1" in page.summary(record)
+
+
+def test_what_notes_say_is_true_of_the_record():
+    record = json.loads(ask.RECORD.read_text(encoding="utf-8"))
+    plots = {f["name"]: f["plot"] for f in record["findings"]}
+    first = [series["y"][0]["mean"] for series in plots[notes.HISTORY] if series["panel"] == "identity"]
+    assert len(first) == 5 and len(set(first)) == 1  # shot 3 is the same at every t_c
+    clean, noisy = (notes.value(record, notes.NOISY, "background, kept", f"t_c {t}") for t in (0, 0.1))
+    assert below(clean, noisy.mean - noisy.half)
+    before = float(notes.note(record, notes.SINGLE).split("accuracy is ")[1].split()[0])
+    assert below(notes.value(record, notes.SINGLE, "text", "after LCT"), before)  # what LCT does not bring back
+    assert above(notes.value(record, "Consistency against the rivals", "background", "identity images"), 0.1)
+    assert f"{ask.ABLATION_STEPS:,} steps" in notes.note(record, notes.ABLATIONS)
+    assert ToyScenes(ask.micro_lct().data.toy).config.frames == (3,)
+    assert "deviation of 1.6, half of" in notes.training() and "3 : 2" in notes.training()
+    names = {f["name"] for f in record["findings"]}
+    assert names >= notes.NOTES.keys() | notes.COVERS.keys()
+
+
+def test_a_verdict_says_where_alone_a_finding_holds():
+    rows = [Row("identity, growth at 0 − growth", f"t_c {t}", Mean95(x, 0.1, 3)) for t, x in ((0.1, 1), (0.3, 1))]
+
+    def judged(at_half: float, holds: bool = True) -> str:
+        last = Row("identity, growth at 0 − growth", "t_c 0.5", Mean95(at_half, 0.1, 3))
+        finding = Finding(notes.HISTORY, "", "", "", holds, [*rows, last], ("", ""), []).to_dict()
+        return notes.verdict({"findings": [finding]}, finding)
+
+    assert judged(1) == "holds" and judged(0.05) == "holds at 0.1 and at 0.3 only" and judged(1, False) == "differs"
 
 
 # -- shared weights ----------------------------------------------------------------------------------------------------

@@ -219,6 +219,12 @@ def test_a_process_that_dies_ends_the_others_with_one_message(tmp_path):
     assert "it goes on from step-0000002" in lines[0] and newest_whole(tmp_path)[1]["step"] == 2
 
 
+def test_an_error_of_one_process_ends_it_though_others_wait_for_it(tmp_path):
+    done = start(2, "fails_alone", tmp_path, check=False, timeout=120)
+    assert done.returncode and "told:" not in done.stdout
+    assert done.stderr.count("RuntimeError: of this one alone\n") == 1
+
+
 def test_a_run_that_was_stopped_before_its_first_step_goes_on(tmp_path):
     first = Trainer(small(steps=2), tmp_path)
     first.interrupts.number = signal.SIGTERM

@@ -11,7 +11,8 @@ from lct.data.toy import ToyScenes
 from lct.model.config import tiny
 from lct.model.mmdit import MMDiT
 from lct.sample import Sampling, SceneRequest, autoregressive, joint
-from lct.sample.request import HISTORY, as_history, shot_noise
+from lct.sample.request import HISTORY, as_history, shot_noise, usual_dtype
+from lct.train.runs import run
 
 PATCH = tiny().patch
 
@@ -132,6 +133,14 @@ def test_a_given_shot_of_the_wrong_size_is_refused_by_name():
         joint(random_model(), [replace(scene, shots=(narrow, *scene.shots[1:]))], Sampling(steps=1))
     with pytest.raises(ValueError, match="seed"):
         replace(scene.shots[1], seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("device", "trained", "asked"),
+    [("cuda:1", "bfloat16", "bfloat16"), ("cuda", "float32", None), ("cpu", "bfloat16", None)],
+)
+def test_what_was_trained_in_half_precision_is_sampled_in_it_on_a_gpu(device, trained, asked):
+    assert usual_dtype(replace(run("tiny_lct"), compute_dtype=trained), device) == asked
 
 
 @pytest.mark.parametrize("sampler", [joint, autoregressive])

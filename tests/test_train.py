@@ -153,6 +153,11 @@ def test_loss_falls_on_toy_scenes(tmp_path):
     assert np.mean(curve[-10:]) < 0.7 * np.mean(curve[:3])
 
 
+def test_float16_is_refused_for_its_gradients():
+    with pytest.raises(ValueError, match="compute_dtype: .* bfloat16 needs none"):
+        small(compute_dtype="float16")
+
+
 def test_resuming_with_another_configuration_is_refused(tmp_path):
     Trainer(small(steps=3), tmp_path).run()
     with pytest.raises(ValueError, match="lr="):

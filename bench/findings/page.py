@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from findings.notes import note, tables, training, verdict
 from findings.tables import TABLE_1, TABLE_2, PaperTable, markdown, our_row
 
 FOLDER = "findings"  # of the plots, beside the page
@@ -20,47 +21,57 @@ TOY = {
 
 def page(record: dict[str, Any]) -> str:
     """Markdown of a record of `findings.ask.ask`."""
-    held = [f for f in record["findings"] if f["holds"]]
+    verdicts = [verdict(record, f) for f in record["findings"]]
     lines = [
         "# The paper's findings at small scale",
         "",
-        f"Written by `python bench/report.py` from `bench/results/findings-cpu.json`: {len(held)} of "
-        f"{len(record['findings'])} hold. A model of a million parameters is trained on toy scenes: their truth is "
-        f"known, their characters and places stand in no prompt. {record['scenes']} held-out scenes (four times as "
-        "many single shots), the same prompts and seeds for everything that is compared, means with 95 % intervals. "
+        f"Written by `python bench/report.py` from `bench/results/findings-cpu.json`: {_count(verdicts)} here. "
+        "A model of a million parameters is trained on toy scenes: their truth is known, their characters and places "
+        f"stand in no prompt. {record['scenes']} held-out scenes (four times as many single shots), the same "
+        "prompts and seeds for everything that is compared, means with 95 % intervals. "
         "`make findings` trains and measures all of it; `lct bench findings --quick` asks the weights in "
         "`bench/findings/weights`.",
         "",
+        training(),
+        "",
         "| finding | paper | here |",
         "|---|---|---|",
-        *(f"| [{f['name']}](#{anchor(f['name'])}) | {f['paper']} | {_verdict(f)} |" for f in record["findings"]),
+        *(
+            f"| [{f['name']}](#{anchor(f['name'])}) | {f['paper']} | {words if f['holds'] else f'**{words}**'} |"
+            for f, words in zip(record["findings"], verdicts, strict=True)
+        ),
         "",
         "## The paper's tables",
+        "",
+        tables(),
         "",
         _table(TABLE_1, record["table 1"]),
         "",
         _table(TABLE_2, record["table 2"]),
     ]
-    for finding in record["findings"]:
-        lines += ["", *_section(finding)]
+    for finding, words in zip(record["findings"], verdicts, strict=True):
+        lines += ["", *_section(finding, words, note(record, finding["name"]))]
     return "\n".join(lines) + "\n"
 
 
 def summary(record: dict[str, Any]) -> str:
     """The README's section: a line a finding."""
-    held = sum(f["holds"] for f in record["findings"])
+    found = [(f, verdict(record, f)) for f in record["findings"]]
     lines = [
-        f"`make findings` trains a model of a million parameters on toy scenes and asks what the paper found: "
-        f"{held} of {len(record['findings'])} findings hold at this scale ({record['scenes']} scenes each; "
+        "`make findings` trains a model of a million parameters on toy scenes and asks what the paper found: "
+        f"{_count([words for _, words in found])} at this scale ({record['scenes']} scenes each; "
         "[numbers, intervals and plots](docs/findings.md)).",
         "",
-        *(f"- {'✓' if f['holds'] else '✗'} **{f['name']}** ({f['paper']}). {f['outcome']}" for f in record["findings"]),
     ]
+    for f, words in found:
+        scope = f"; {words}" if words.endswith("only") else ""
+        lines.append(f"- {'✓' if f['holds'] else '✗'} **{f['name']}** ({f['paper']}{scope}). {f['outcome']}")
     return "\n".join(lines)
 
 
-def _verdict(finding: dict[str, Any]) -> str:
-    return "holds" if finding["holds"] else "**differs**"
+def _count(verdicts: list[str]) -> str:
+    held, partly = sum(v.startswith("holds") for v in verdicts), sum(v.endswith("only") for v in verdicts)
+    return f"{held} of {len(verdicts)} findings hold" + (f", {partly} of them in part," if partly else "")
 
 
 def anchor(name: str) -> str:
@@ -80,16 +91,17 @@ def _table(table: PaperTable, rows: dict[str, dict[str, float]]) -> str:
     return markdown(table, ours, TOY)
 
 
-def _section(finding: dict[str, Any]) -> list[str]:
+def _section(finding: dict[str, Any], words: str, beside: str) -> list[str]:
     name = anchor(finding["name"])
     lines = [
         f"## {finding['name']}",
         "",
         f"*{finding['paper']}: {finding['claim']}*",
         "",
-        f"**{'Holds' if finding['holds'] else 'Differs'}.** {finding['outcome']}",
+        f"**{words.capitalize()}.** {finding['outcome']}",
         "",
         *([finding["tried"], ""] if finding["tried"] else []),
+        *([beside, ""] if beside else []),
         f"![{finding['name']}]({FOLDER}/{name}.svg)",
         "",
         "<details><summary>Numbers</summary>",

@@ -34,6 +34,7 @@ class StoredScenes:
         if not 2 <= max_shots <= MAX_SHOTS:
             raise ValueError(f"max_shots: expected 2 to {MAX_SHOTS}, got {max_shots}; choose one of these")
         self.root, self.scenes, self.shots, self.max_shots = root, scenes, shots, max_shots
+        self._beginnings: dict[tuple[str, int], list[tuple[int, int]]] = {}
 
     def sample(self, kind: str, rng: np.random.Generator, shots: int | None = None) -> SceneSample:
         """Draw one scene; `rng` advances.
@@ -65,6 +66,11 @@ class StoredScenes:
 
     def _places(self, kind: str, least: int) -> list[tuple[int, int]]:
         """(scene, shot) of everything a sample of this kind can begin from; ValueError where there is nothing."""
+        if (kind, least) not in self._beginnings:
+            self._beginnings[kind, least] = self._find_places(kind, least)
+        return self._beginnings[kind, least]
+
+    def _find_places(self, kind: str, least: int) -> list[tuple[int, int]]:
         places = [(i, 0) for i in range(len(self.scenes)) if self._has(kind, i, least)]
         if kind == "single" or (kind == "no_cut" and not places):
             places = [

@@ -8,6 +8,7 @@ from typing import Any
 from lct.direct.board import Settings
 from lct.direct.studio import BOARDS, Studio
 from lct.pretrained.pipeline import INDEX, Pipeline
+from lct.sample.request import usual_dtype
 from lct.train.weights import config_of, digest_of
 
 
@@ -43,5 +44,7 @@ def open_studio(
         return Studio.open(project, changes, **machine)
     if weights is None:
         raise ValueError(f"weights: expected those to begin {project} with; add --weights FILE")
-    context = config_of(weights).data.shots
-    return Studio.begin(scene, project, Settings(**changes), fps, context, **machine)
+    config = config_of(weights)
+    if dtype := usual_dtype(config, device):
+        changes.setdefault("dtype", dtype)
+    return Studio.begin(scene, project, Settings(**changes), fps, config.data.shots, **machine)

@@ -64,7 +64,7 @@ class Refiner(nn.Module):
         """text [R, text_channels] in shot order, counts of each shot, time features [N, time_channels] -> [R, C]."""
         layout = SceneLayout([[Shot(count, (0, 0, 0)) for count in counts]], "isolated")
         streams, plan = layout.streams(text.device), layout.plan(text.device)
-        sums = time.new_zeros(len(counts), text.shape[1]).index_add(0, streams.text_shot, text.to(time.dtype))
+        sums = torch.stack([part.to(time.dtype).sum(0) for part in text.split(counts)])  # in one order, on GPUs too
         sizes = torch.tensor(counts, device=text.device).clamp(min=1)
         conditions = F.silu(self.time_in(time) + self.pooled_in(sums / sizes[:, None]))
         x = self.entry(text)

@@ -18,6 +18,7 @@ from lct.model.cache import KVCache, Stored, rows_of
 from lct.model.config import ModelConfig
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
+AT_ONCE = 8192  # rows that are made wide together: their fp32 values are there for a moment
 
 
 class HistoryPool(Stored):
@@ -96,23 +97,26 @@ class HistoryPool(Stored):
     def _of_block(self, block: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return (self.keys[block], self.values[block]), (self.scales[2 * block], self.scales[2 * block + 1])
 
-    def read(self, block: int, sources: Tensor) -> KVRows:
-        """Rows of a block as `kernels.assemble_` takes them; `sources` on the device of the model, or in 8 bits where
-        the pool lies, so that nothing waits for a copy of them."""
-        if not self.fp8:
-            return KVRows(self.keys[block], self.values[block], sources)
-        parts = []
-        for small, scales in zip(*self._of_block(block), strict=True):
-            rows = self._near(small.view(torch.uint8).index_select(0, sources)).view(FP8)
-            scale = self._near(scales.index_select(0, sources))
-            parts.append((rows.float() * scale[..., None]).to(self.dtype))
-        return KVRows(parts[0], parts[1], torch.arange(len(sources), device=self.read_by))
+    def read(self, block: int, rooms: Sequence[range], slots: Tensor) -> KVRows:
+        """Rows of a block as `kernels.assemble_` takes them: where they lie, or those of `rooms` made wide again.
 
-    def _near(self, x: Tensor) -> Tensor:
-        """On the model's device; a copy to a GPU leaves from pinned memory, so that nothing waits for it."""
-        if x.device.type == "cpu" and self.read_by.type == "cuda":
-            x = x.pin_memory()
-        return x.to(self.read_by, non_blocking=True)
+        slots  the rows of `rooms`, on the model's device
+        """
+        if not self.fp8:
+            return KVRows(self.keys[block], self.values[block], slots)
+        wide = [self._made_wide(*part, rooms) for part in zip(*self._of_block(block), strict=True)]
+        return KVRows(wide[0], wide[1], torch.arange(len(slots), device=self.read_by))
+
+    def _made_wide(self, small: Tensor, scales: Tensor, rooms: Sequence[range]) -> Tensor:
+        """Rows in the dtype they are read in, on the model's device; from pinned memory nothing waits for a copy."""
+        wide = torch.empty(sum(map(len, rooms)), *small.shape[1:], dtype=self.dtype, device=self.read_by)
+        cuts = (room[i : i + AT_ONCE] for room in rooms for i in range(0, len(room), AT_ONCE))
+        end = 0
+        for cut in cuts:
+            rows, scale = (x[cut.start : cut.stop].to(self.read_by, non_blocking=True) for x in (small, scales))
+            wide[end : end + len(cut)] = rows.float() * scale[..., None]
+            end += len(cut)
+        return wide
 
     def assemble_(
         self,
@@ -136,13 +140,14 @@ class HistoryPool(Stored):
                 f"{cache.capacity} a scene, got {list(chosen)} of {sizes} rows"
             )
         device, choice = cache.keys[0].device, Choice.of(impl).norm_rope
-        sources = rows_of(room for scene in rooms for room in scene).to(self.keys[0].device if self.fp8 else device)
+        taken = [room for scene in rooms for room in scene]
+        sources = rows_of(taken).to(device)
         starts = (b * cache.capacity for b in range(cache.scenes))
         slots = rows_of(range(start, start + size) for start, size in zip(starts, sizes, strict=True)).to(device)
         positions = layout.positions(text_scale, device)
 
         def fill(block: int, into: KVRows) -> None:
-            assemble_(self.read(block, sources), into, positions, self.spec, choice)
+            assemble_(self.read(block, taken, sources), into, positions, self.spec, choice)
 
         cache.fill(fill, slots)
         cache.shots = len(chosen[0])

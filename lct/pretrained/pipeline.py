@@ -102,6 +102,11 @@ class Pipeline:
         self.__dict__.pop("_text", None)
         return self.found
 
+    def let_go(self) -> None:
+        """Of what is in memory; it is loaded again when it is asked for."""
+        for part in ("_text", "codec"):
+            self.__dict__.pop(part, None)
+
     def speak_for(self, model: MMDiT) -> None:
         """Become the text encoder of a model tuned from this pipeline's transformer; ValueError for another model."""
         self.check(model.config)

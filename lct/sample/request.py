@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -153,6 +153,12 @@ class Sampling:
         u = torch.linspace(1, 0, self.steps + 1)
         t = [shift_time(value, shifts) for value in u]
         return zip(t[:-1], t[1:], strict=True)
+
+
+def usual_dtype(config: Any, device: str) -> Literal["bfloat16"] | None:
+    """In which to sample where none is asked for, with weights trained with a `TrainConfig`: on a GPU in half
+    precision, if they were trained in it. CPUs may be far slower in it. None: in that of the weights."""
+    return "bfloat16" if device != "cpu" and config.compute_dtype == "bfloat16" else None
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,12 @@ class Saver:
             self._write(folder, step, copied, config)
             return folder
 
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
         def work() -> None:
             try:
+                if gpu is not None:  # of a thread it is the first one, where all processes would meet
+                    torch.cuda.set_device(gpu)
                 self._write(folder, step, copied, config)
             except BaseException as error:
                 self._failure = error

@@ -112,8 +112,11 @@ class TrainConfig:
             )
         if self.text_scale_steps > self.steps:
             raise ValueError(f"text_scale_steps: expected at most {self.steps} steps, got {self.text_scale_steps}")
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(f"compute_dtype: expected one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}")
+        if self.compute_dtype not in COMPUTE_DTYPES or self.compute_dtype == "float16":
+            raise ValueError(
+                f"compute_dtype: expected one of {[d for d in COMPUTE_DTYPES if d != 'float16']}, got "
+                f"{self.compute_dtype!r}; gradients in float16 would need a scale, bfloat16 needs none"
+            )
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
         if not 0 <= self.ema < 1:

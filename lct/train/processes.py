@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -23,6 +26,9 @@ from lct.model.shared import share_rows
 from lct.train.execution import Execution
 from lct.train.weights import available
 
+PATIENCE = timedelta(minutes=30)  # with which processes wait for one another while they work
+FAREWELL = 20.0  # seconds, and when one has come to its end
+
 
 class Processes:
     """This process among those of a run. Started without torchrun it is the only one.
@@ -37,7 +43,7 @@ class Processes:
     def __init__(self, execution: Execution, device: str = "cpu"):
         self.execution = execution
         if dist.is_torchelastic_launched() and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         alone = not dist.is_initialized()
         self.rank, self.count = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         if device == "cuda" and not alone:
@@ -52,7 +58,9 @@ class Processes:
             )
         self.datas, (self.data, self.context) = self.count // e.context, divmod(self.rank, e.context)
         self.group = self.mesh = self.cpu_mesh = None
+        self._farewell: Any = None
         if not alone:
+            self._farewell = dist.new_group(backend="gloo")
             self.mesh, self.cpu_mesh = (self._mesh(kind) for kind in (self.device.type, "cpu"))
             by_batch = init_device_mesh(self.device.type, (self.datas, e.context), mesh_dim_names=("data", "context"))
             self.group = by_batch["context"].get_group().group_name
@@ -115,9 +123,17 @@ class Processes:
         return result
 
     def leave(self) -> None:
-        """Part from the others in order; a process that just ends may abort those that still wait."""
+        """Part from the others in order, if all come to it: a process that just ends may abort those that still wait.
+        Where one does not come, as when an error is this process's alone, others may wait for what it no longer
+        computes, and to leave would be to wait for them: the program has to end, see `lct.cli.main`."""
         if self.count > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+            here = cast(dist.Work, dist.barrier(self._farewell, async_op=True))
+            end = time.monotonic() + FAREWELL
+            while not here.is_completed() and time.monotonic() < end:
+                time.sleep(0.01)
+            with suppress(RuntimeError):  # of one that is gone
+                if here.is_completed() and here.wait():
+                    dist.destroy_process_group()
 
     def together(self, geometry: Geometry) -> Geometry:
         """The rows of a pass that this process computes."""

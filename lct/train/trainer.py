@@ -111,7 +111,8 @@ class Trainer:
     Data, noise and times depend on (seed, step, slot) alone: the same run on other processes learns the same, and a
     resumed one goes on as if it had not stopped, on the same processes bit for bit (on the CPU).
 
-    sampler  called with the averaged weights every `execution.sample_every` steps, on every process
+    sampler    called with the averaged weights every `execution.sample_every` steps, on every process
+    processes  those of the run, and their device, where they are known already; see `Processes`
     """
 
     def __init__(
@@ -122,8 +123,9 @@ class Trainer:
         impl: str = "auto",
         execution: Execution = HERE,
         sampler: Sampler | None = None,
+        processes: Processes | None = None,
     ):
-        self.processes = Processes(execution, device)
+        self.processes = processes or Processes(execution, device)
         config = self.processes.once(lambda: settled(config))
         self.config, self.out, self.impl, self.execution, self.sampler = config, Path(out), impl, execution, sampler
         self.device = self.processes.device

@@ -197,12 +197,8 @@ def sample(
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
     _advise(impl, model.video_out.weight.device, sampling.compute_dtype(model))
     target = out or folder.with_name(f"{folder.name}-sample")
-    print(
-        sample_scene(
-            model, scene, target, sampling, config.visibility, mode, fps, impl, config.data.shots,
-            parts, None if memory == AS_IT_IS else memory,
-        )
-    )  # fmt: skip
+    rest = config.data.shots, parts, None if memory == AS_IT_IS else memory
+    print(sample_scene(model, scene, target, sampling, config.visibility, mode, fps, impl, *rest))
 
 
 def _advise(impl: str, device: Any, dtype: Any) -> None:
@@ -406,17 +402,18 @@ def export(
     print(save(model.to(getattr(torch, dtype)), out))
 
 
-def caption(folder: tyro.conf.Positional[Path], command: str) -> None:
+def caption(folder: tyro.conf.Positional[Path], command: str, films: Path | None = None) -> None:
     """Let a command of your own describe the shots of a scene folder, and write its prompts into the scene file.
 
     Args:
         folder: A scene folder with latents, as `lct ingest` writes it.
         command: Such as "python captioner.py --model NAME". It reads JSON, {"instructions": "…", "files": ["….png",
             …]}, on its standard input and writes the prompts as TOML to its standard output.
+        films: Folder of the film that the scene was cut from, for sharp frames; else they are as small as its latents.
     """
     from lct.data.prompts import caption as run_caption
 
-    run_caption(folder, shlex.split(command))
+    run_caption(folder, shlex.split(command), films=films)
     print(folder)
 
 

@@ -3,16 +3,19 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from film import fetch_film
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lct.cli import main
 from lct.data.ingest import ingest
-from lct.data.scenefile import read_scene, rewrite_scene
+from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry, read_scene, rewrite_scene
 from lct.data.video import read_video
 from lct.pretrained import encode as encoding
 from lct.pretrained import files
@@ -125,6 +128,18 @@ def test_encoding_goes_on_where_it_stopped(folders, scenes, tmp_path, monkeypatc
     written = encode(scenes[0], pipeline, scenes[1], out, 64, FPS, FRAMES)
     assert len(written) == 1 and (out / whole[0] / TEXT).stat().st_mtime_ns == stamp
     assert encode(scenes[0], pipeline, scenes[1], out, 64, FPS, FRAMES) == []
+
+
+@given(st.lists(st.integers(4, 60), min_size=2, max_size=9), st.floats(1.0, 3.2), st.integers(0, 40))
+def test_nothing_is_lost_between_segments(lengths, step, start):
+    """A segment without cut begins where the latents of the last one end, and all of it fits in whole strides."""
+    ends = [start + sum(lengths[: i + 1]) for i in range(len(lengths))]
+    shots = [ShotEntry("", False, frames=span) for span in zip([start, *ends], ends, strict=False)]
+    plans = encoding._plans(Path(), SceneFile(GlobalPrompt(), tuple(shots)), step, 200, 4)
+    assert [p.span[0] for p in plans] == [start, *(p.span[1] for p in plans[:-1])]
+    assert all(len(p.video) % 4 == 1 for p in plans) and ends[-1] - plans[-1].span[1] <= 4 * step
+    with pytest.raises(ValueError, match="shot 1 of .* raise it, or ingest shorter segments"):
+        encoding._plans(Path(), SceneFile(GlobalPrompt(), (replace(shots[0], frames=(0, 60)), shots[1])), 1.0, 33, 4)
 
 
 def test_what_cannot_be_encoded_is_told_first(folders, scenes, tmp_path):

@@ -7,9 +7,11 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lct.data.prompts import CAPTION, PLAN, ask, caption, characters, plan, problems
 from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry, parse_scene, read_scene, scene_text, write_scene
+from lct.data.video import write_video
 
 CAST = {"1": "a young man with blonde hair, dark jacket", "2": "a young woman with brown curls, light dress"}
 SHIP = GlobalPrompt(CAST, "the deck of a ship at sunset", "Character 2 meets Character 1. He guides her.")
@@ -250,6 +252,26 @@ def test_a_captioner_sees_frames_and_its_prompts_are_written(command, folder):
     for _, head in files:
         png = bytes.fromhex(head)
         assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (48, 32)
+
+
+def test_a_captioner_may_see_the_film_itself(command, folder, tmp_path):
+    """Frames of the film's own size, of the right moments, one a second."""
+    frames = np.zeros((23, 64, 96, 3), np.uint8)
+    frames[:] = 10 * np.arange(23, dtype=np.uint8)[:, None, None, None]
+    write_video(tmp_path / "ship.mp4", frames, 1.0)
+    copy = "shutil.copytree(os.path.dirname(asked['files'][0]), pathlib.Path(__file__).with_name('seen'))\n"
+    words = command(f"import shutil\n{copy}print({good()!r})")
+    assert problems(caption(folder, words, films=tmp_path)) == []
+    seen = {f.name: np.asarray(Image.open(f)) for f in (folder.parent / "command" / "seen").iterdir()}
+    numbers = {f"shot-{i + 1}-frame-{k + 1}.png": 9 * i + k for i in range(3) for k in range(5)}
+    assert seen.keys() == numbers.keys()
+    assert all(abs(int(np.median(x)) - 10 * numbers[n]) <= 3 and x.shape == (64, 96, 3) for n, x in seen.items())
+
+
+def test_a_captioner_is_not_shown_another_film(command, folder, tmp_path):
+    write_video(tmp_path / "ship.mp4", np.zeros((12, 16, 16, 3), np.uint8), 1.0)
+    with pytest.raises(ValueError, match=r"ship.mp4: expected a frame 12, the film ends before"):
+        caption(folder, command(f"print({good()!r})"), films=tmp_path)
 
 
 def test_a_cut_is_the_films_and_not_the_captioners(command, folder):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lct.data.atomic import new_file, new_folder
-from lct.data.video import CONTAINERS, iterate_video, read_video, write_video
+from lct.data.video import CONTAINERS, iterate_video, read_stills, read_video, write_video
 
 av = pytest.importorskip("av", reason="needs PyAV: pip install -e '.[video]'")
 
@@ -97,6 +97,14 @@ def test_iterating_gives_the_same_frames_resized_while_decoding(tmp_path):
     assert film.frames.shape == (20, 24, 16, 3)
     small = list(iterate_video(path, resize=lambda height, width: (height // 2, width // 4)))
     assert np.array_equal(film.frames, np.stack(small))
+
+
+@pytest.mark.parametrize("numbers", [[0], [199], [3, 4, 90], [120, 121, 150], []])
+def test_stills_are_the_films_frames(tmp_path, numbers):
+    """Also of a film that can begin from few of its pictures."""
+    path = mux(tmp_path / "film.mp4", "mp4", frames=moving(200))
+    film = read_video(path).frames
+    assert all(np.array_equal(x, film[n]) for n, x in zip(numbers, read_stills(path, numbers), strict=True))
 
 
 @pytest.mark.parametrize("degrees", [90, 180, -90])

@@ -18,7 +18,7 @@ from lct.data.atomic import check_vacant, new_folder
 from lct.data.events import Span, colours, select_long
 from lct.data.latents import Codec, PixelCodec
 from lct.data.scenefile import MAX_SHOTS, GlobalPrompt, SceneFile, ShotEntry, write_scene
-from lct.data.video import iterate_video, read_video, video_package
+from lct.data.video import iterate_video, read_video, spread, video_package
 
 THUMBNAIL = 160
 # On real film the weakest cut changes 3.1 times as much as the frames around it, the strongest camera motion 1.8 times;
@@ -160,7 +160,7 @@ def group_scenes(frames: np.ndarray, cuts: list[int], max_shots: int = MAX_SHOTS
     runs: list[list[Span]] = []
     seen: list[np.ndarray] = []
     for span in pairwise(bounds):
-        shown = colours([frames[i] for i in _spread(span, 3)])
+        shown = colours([frames[i] for i in spread(span, 3)])
         if not runs or 1 - np.minimum(shown, np.mean(seen, axis=0)).sum() > SCENE_DISTANCE:
             runs.append([])
             seen = []
@@ -186,13 +186,6 @@ def _parts(run: list[Span], most: int) -> list[list[Span]]:
     count = math.ceil(len(run) / most)
     edges = [round(i * len(run) / count) for i in range(count + 1)]
     return [run[start:end] for start, end in pairwise(edges)]
-
-
-def _spread(span: Span, count: int) -> list[int]:
-    """Up to `count` frames of a shot, each in the middle of an equal part of it."""
-    start, end = span
-    count = min(count, end - start)
-    return [start + (2 * i + 1) * (end - start) // (2 * count) for i in range(count)]
 
 
 def _thumbnail(height: int, width: int) -> tuple[int, int]:
@@ -224,7 +217,7 @@ def shot_frames(span: Span, step: float, max_frames: int, time_stride: int = 1) 
     count -= (count - 1) % time_stride
     end = min(end, start + math.ceil(count * step))
     video = tuple(start + int(i * step) for i in range(count))
-    return ShotFrames((start, end), video, tuple(_spread((start, end), IMAGES)))
+    return ShotFrames((start, end), video, tuple(spread((start, end), IMAGES)))
 
 
 def encode_shots(

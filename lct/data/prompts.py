@@ -15,17 +15,20 @@ import signal
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
 
+import numpy as np
 from PIL import Image
 
 from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry, load_shot, parse_scene, read_scene, rewrite_scene
+from lct.data.video import film_fps, read_stills, spread
 
 Checked = tuple[SceneFile, list[str]]
+Shown = tuple[float | None, list[np.ndarray]]  # seconds of a shot, and some of its frames
 
 RULES = """\
 Prompts have two tiers.
@@ -74,7 +77,8 @@ well, where others have.
 size is [frames, height, width]; take the one below, or fewer frames for a short shot; 1 is a still picture.
 """
 
-FRAMES = 3  # of every shot that a captioner sees
+FRAMES, MOST_FRAMES = 3, 8  # of every shot that a captioner sees
+SIDE = 1024  # pixels of the longer one of what it sees of films
 MOST_BYTES = 1 << 20  # of an answer
 TAIL = 300  # characters of a command's last words, and of an answer's faults, that an error shows
 CHARACTER = re.compile(r"\bCharacter\s+([A-Za-z0-9][A-Za-z0-9._-]*)")
@@ -204,20 +208,19 @@ def _listen(process: Popen, timeout: float) -> tuple[bytes, bytes, str]:
     return answer, words, late if code is None else f"exit code {code}" if code else ""
 
 
-def caption(folder: str | Path, command: Sequence[str], tries: int = 3) -> SceneFile:
+def caption(folder: str | Path, command: Sequence[str], tries: int = 3, films: str | Path | None = None) -> SceneFile:
     """Let a command describe the shots of a scene folder from a few frames of each, and write the prompts into it.
 
     folder   with latents, as `ingest` makes it; only prompts and the global prompt of its scene file change
     tries    how often the command is asked; each time but the first with its last answer and what is wrong with it
+    films    folder of the film that the scene was cut from: frames then come from there, sharp, one a second, 3 to 8 of
+             a shot; else three a shot come from its latents, as small as these are
 
-    Returns the new scene. Raises what `ask` raises, and ValueError for a shot without latents and where the last answer
-    is still wrong; the file is then as it was.
+    Returns the new scene. Raises what `ask` raises, and ValueError for a shot without latents, or without frames of a
+    film, and where the last answer is still wrong; the file is then as it was.
     """
-    from lct.data.latents import PixelCodec
-
     folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
     scene = read_scene(folder)
-    codec = PixelCodec.named(scene.codec or "pixel/1")
 
     def check(text: str) -> Checked:
         answer = _parsed(text, len(scene.shots))
@@ -226,19 +229,43 @@ def caption(folder: str | Path, command: Sequence[str], tries: int = 3) -> Scene
 
     with tempfile.TemporaryDirectory() as temporary:
         files, lines = [], []
-        for i, shot in enumerate(scene.shots):
-            latents = load_shot(folder, scene, i).latents
-            count = min(FRAMES, len(latents))
-            shown = codec.decode(latents[[(2 * k + 1) * len(latents) // (2 * count) for k in range(count)]]).numpy()
-            names = [f"shot-{i + 1}-frame-{k + 1}.png" for k in range(count)]
-            for name, frame in zip(names, shown, strict=True):
+        shown = _of_latents(folder, scene) if films is None else _of_film(Path(films), folder, scene)
+        for i, (shot, (seconds, frames)) in enumerate(zip(scene.shots, shown, strict=True)):
+            names = [f"shot-{i + 1}-frame-{k + 1}.png" for k in range(len(frames))]
+            for name, frame in zip(names, frames, strict=True):
                 files.append(Path(temporary) / name)
                 Image.fromarray(frame).save(files[-1])
-            seconds = f"{len(latents) / scene.fps:.1f} s, " if scene.fps else ""
-            lines.append(f"shot {i + 1}: cut = {str(shot.cut).lower()}, {seconds}{', '.join(names)}\n")
+            length = f"{seconds:.1f} s, " if seconds else ""
+            lines.append(f"shot {i + 1}: cut = {str(shot.cut).lower()}, {length}{', '.join(names)}\n")
         captioned = _tried(command, f"{CAPTION}\n{''.join(lines)}", check, files, tries)
     rewrite_scene(folder, captioned)
     return captioned
+
+
+def _of_latents(folder: Path, scene: SceneFile) -> Iterator[Shown]:
+    from lct.data.latents import PixelCodec
+
+    codec = PixelCodec.named(scene.codec or "pixel/1")
+    for i in range(len(scene.shots)):
+        latents = load_shot(folder, scene, i).latents
+        frames = codec.decode(latents[spread((0, len(latents)), FRAMES)]).numpy()
+        yield (len(latents) / scene.fps if scene.fps else None), list(frames)
+
+
+def _of_film(films: Path, folder: Path, scene: SceneFile) -> Iterator[Shown]:
+    if scene.source is None or any(shot.frames is None for shot in scene.shots):
+        raise ValueError(f"{folder}: expected a scene that lct ingest cut from a film, got one without frames")
+    film = films / scene.source
+    rate = film_fps(film)
+
+    def smaller(height: int, width: int) -> tuple[int, int]:
+        scale = min(1.0, SIDE / max(height, width))
+        return round(height * scale), round(width * scale)
+
+    spans = [shot.frames for shot in scene.shots if shot.frames is not None]
+    for start, end in spans:
+        count = min(max(round((end - start) / rate), FRAMES), MOST_FRAMES)
+        yield (end - start) / rate, read_stills(film, spread((start, end), count), resize=smaller)
 
 
 def plan(idea: str, command: Sequence[str], shots: int, size: tuple[int, int, int], tries: int = 3) -> SceneFile:

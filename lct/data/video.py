@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -65,6 +65,37 @@ def iterate_video(
     """Yield the frames of `read_video` one by one, uint8 [H, W, 3], for films that memory does not hold."""
     with _opened(path, max_pixels) as (container, stream):
         yield from _pictures(path, container, stream, resize)
+
+
+def read_stills(
+    path: str | Path, numbers: Sequence[int], *, max_pixels: int = MAX_PIXELS, resize: Resize | None = None
+) -> list[np.ndarray]:
+    """Some frames of a film by their numbers, which rise; uint8 [H, W, 3]. Only what lies between them is decoded.
+
+    They are found by their times, as those of a film of an even rate: in others they are near what was asked for.
+    ValueError where the film ends before.
+    """
+    found: list[np.ndarray] = []
+    with _opened(path, max_pixels) as (container, stream):
+        start, rate = float((stream.start_time or 0) * stream.time_base), float(_rate(path, stream))
+        if numbers:
+            container.seek(int((start + numbers[0] / rate) / stream.time_base), stream=stream)  # to a whole picture
+        for frame in container.decode(stream):
+            now = round(((frame.time or 0.0) - start) * rate)
+            while len(found) < len(numbers) and now >= numbers[len(found)]:
+                found.append(_upright(frame, round(frame.rotation / 90) % 4, resize))
+            if len(found) == len(numbers):
+                return found
+    if len(found) < len(numbers):
+        raise ValueError(f"{path}: expected a frame {numbers[len(found)]}, the film ends before; is it another film?")
+    return found
+
+
+def spread(span: tuple[int, int], count: int) -> list[int]:
+    """Up to `count` frames of a shot, first and end, each in the middle of an equal part of it."""
+    start, end = span
+    count = min(count, end - start)
+    return [start + (2 * i + 1) * (end - start) // (2 * count) for i in range(count)]
 
 
 def film_fps(path: str | Path, max_pixels: int = MAX_PIXELS) -> float:

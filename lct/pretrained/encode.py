@@ -33,11 +33,12 @@ def encode(
     films       folder that holds the films which the scenes name
     side        frames get the area side · side in pixels, with the film's aspect ratio (§ 4: 480)
     fps         frames per second that latents show; at most the film's
-    max_frames  most frames of a shot; fewer by up to time_stride − 1, so that the VAE's stride in time divides them
+    max_frames  most frames of a shot; fewer by up to time_stride − 1, so that the VAE's stride in time divides them.
+                What a segment without cut leaves over begins the next one, so that nothing is lost at their seam
 
     Each folder holds the scene file with its prompts, `shot-N.video` and `shot-N.images`, and `text.safetensors`; the
-    null prompt lies in `out`. ValueError or FileNotFoundError, before anything is encoded, for a film that is missing
-    and for scenes that no film was cut into.
+    null prompt lies in `out`. ValueError or FileNotFoundError, before anything is encoded, for a film that is missing,
+    for scenes that no film was cut into, and for segments without cut that are longer than `max_frames`.
     """
     video_package("av")
     read = {folder: read_scene(folder) for folder in scene_folders(scenes)}
@@ -47,6 +48,8 @@ def encode(
         if not (films / scene.source).is_file():
             raise FileNotFoundError(f"{films / scene.source}: no such film, though {folder} was cut from it")
     steps = {source: _step(films / source, fps) for source in {str(scene.source) for scene in read.values()}}
+    stride = pipeline.codec.time_stride
+    plans = {f: _plans(f, s, steps[str(s.source)], max_frames, stride) for f, s in read.items()}
     left = {f: s for f, s in read.items() if not _is_finished(out / f.relative_to(scenes), s, pipeline, fps)}
     out.mkdir(parents=True, exist_ok=True)
     if left or not (out / TEXT).is_file():
@@ -55,11 +58,7 @@ def encode(
     with counting("encode", len(read), len(read) - len(left)) as advance:
         for group in _passes(left):
             source = str(left[group[0]].source)
-            step = steps[source]
             codec = pipeline.codec
-            plans = {
-                f: [shot_frames(_span(s), step, max_frames, codec.time_stride) for s in left[f].shots] for f in group
-            }
             multiple = codec.stride * max(pipeline.config.patch[1:])
             media = encode_shots(films / source, [plan for f in group for plan in plans[f]], codec, side, multiple)
             for folder in group:
@@ -92,6 +91,25 @@ def _write(target: Path, scene: SceneFile, plans: list[ShotFrames], media: Itera
         encoded = replace(scene, shots=tuple(entries), fps=fps, codec=pipeline.codec.name)
         write_scene(temporary, encoded, latents)
         write_features(temporary / TEXT, dict(zip(prompts, pipeline.encode(prompts), strict=True)))
+
+
+def _plans(folder: Path, scene: SceneFile, step: float, most: int, time_stride: int) -> list[ShotFrames]:
+    """The frames of each shot; a segment that goes on where the last one ended begins where its latents end."""
+    plans: list[ShotFrames] = []
+    last = None
+    for i, shot in enumerate(scene.shots):
+        start, end = _span(shot)
+        goes_on = not shot.cut and start == last
+        plan = shot_frames((plans[-1].span[1] if goes_on else start, end), step, most, time_stride)
+        lost = (end - plan.span[1]) / step
+        if not shot.cut and len(scene.shots) > 1 and lost >= time_stride:
+            raise ValueError(
+                f"max_frames: shot {i + 1} of {folder} is a segment without cut and {lost:.0f} frames longer than "
+                f"{most}: the next one would not go on from it; raise it, or ingest shorter segments"
+            )
+        plans.append(plan)
+        last = end
+    return plans
 
 
 def _passes(scenes: dict[Path, SceneFile]) -> list[list[Path]]:

@@ -36,6 +36,24 @@ def test_cached_rollout_equals_recomputing_all_history(guidance, given):
     assert worst(cached, [[torch.zeros_like(x) for x in s] for s in cached]) > 1
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.5, 1.0), (1.0, 1.5), (2.5, 1.5)], ids=str)
+def test_a_shot_over_its_history_is_joint_denoising_with_that_history_given(weights):
+    """The last shot, with those before it given as they became, at t_c."""
+    model, scenes = random_model(), requests()
+    sampling = Sampling(3, *weights, history_time=0.3)
+    became = autoregressive(model, scenes, sampling)
+    for last in (0, 2):
+        given = [
+            replace(scene, shots=tuple(
+                replace(shot, given=x, history_time=0.3) if i < last else shot
+                for i, (shot, x) in enumerate(zip(scene.shots[: last + 1], latents, strict=False))
+            ))
+            for scene, latents in zip(scenes, became, strict=True)
+        ]  # fmt: skip
+        together = joint(model, given, sampling, "context_causal")
+        assert worst([[s[last]] for s in together], [[s[last]] for s in became]) <= 1e-10
+
+
 def test_cached_forward_equals_recomputed_forward_in_fp32():
     model, scenes = random_model(dtype=torch.float32), requests()
     sampling = Sampling(steps=1)

@@ -153,6 +153,24 @@ def test_loss_falls_on_toy_scenes(tmp_path):
     assert np.mean(curve[-10:]) < 0.7 * np.mean(curve[:3])
 
 
+def test_a_step_takes_the_mean_over_its_shots(tmp_path):
+    """Loss, loss by noise level and gradient are those of all its shots, each weighed alike."""
+    trainer = Trainer(small(steps=2, scenes=6), tmp_path)
+    ((batch, _),) = trainer.steps[0].passes
+    times = trainer.times(batch)
+    losses = shot_errors(trainer.model, batch, times, trainer.config.text_scale_at(0), trainer.dtype, "auto")
+    (losses.total / int(batch.has_loss.sum())).backward()
+    norm = torch.stack([w.grad.norm() for w in trainer.trained.values() if w.grad is not None]).norm()
+    trainer.optimizer.zero_grad()
+    record = trainer.train_step()
+    own = [(min(int(4 * t), 3), x) for t, x, counts in zip(times, losses.each, batch.has_loss, strict=True) if counts]
+    assert record.shots == len(own) > 6 and record.loss == pytest.approx(np.mean([x for _, x in own]), rel=1e-5)
+    assert record.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for level, mean in enumerate(record.by_noise):
+        of_level = [x for at, x in own if at == level]
+        assert mean == (pytest.approx(np.mean(of_level), rel=1e-5) if of_level else None)
+
+
 def test_float16_is_refused_for_its_gradients():
     with pytest.raises(ValueError, match="compute_dtype: .* bfloat16 needs none"):
         small(compute_dtype="float16")

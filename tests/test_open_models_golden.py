@@ -42,6 +42,8 @@ def test_lora_changes_nothing_at_first_and_merges_to_what_it_was(name):
     scene = Scene(name, model.config)
     before = run(model, scene, visibility="context_causal")
     names = add_lora(model, rank=3)
+    drawn = [model.get_submodule(name).down for name in names]
+    assert all(0.7 < x.std() * x.shape[1] ** 0.5 < 1.3 for x in drawn) and not torch.equal(drawn[0], drawn[1])
     assert torch.equal(run(model, scene, visibility="context_causal"), before)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert sorted(trained) == sorted(f"{n}.{part}" for n in names for part in ("down", "up"))

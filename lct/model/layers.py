@@ -27,7 +27,7 @@ class Linear(nn.Linear):
         out = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if self.down is None or self.up is None:
             return out
-        return out + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return torch.addmm(out, F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype).t())  # x [R, in]
 
 
 class LayerNorm(nn.LayerNorm):

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from processes import small
 from torch.profiler import ProfilerActivity, profile
 
 from lct import SceneLayout, Shot
-from lct.estimate import HELD, SENT, STATE, Mesh, estimate, kept_bytes, per_process, print_estimate
+from lct.estimate import HELD, SENT, STATE, Mesh, _uneven, estimate, kept_bytes, per_process, print_estimate
 from lct.model.config import lct_3b
 from lct.train.execution import Execution
 from lct.train.trainer import Trainer, shot_errors
@@ -67,6 +68,20 @@ def test_a_mesh_shares_out_what_it_should():
     assert kept["gathering"] == pytest.approx(eight["gathering"] / 2)
     by_mode = [sum(held(processes=8, recompute=mode)[key] for key in HELD) for mode in ("none", "attention", "all")]
     assert by_mode == sorted(by_mode, reverse=True)
+    assert not alone["gradients"] and eight["gradients"] == pytest.approx(4 * parameters / c.blocks, rel=1e-3)
+    assert kept["gradients"] == pytest.approx(4 * parameters, rel=1e-3)
+    every, again = (held(processes=8, recompute=mode) for mode in ("none", "all"))
+    assert again["block"] == pytest.approx(every["kept"] / c.blocks) and not every["block"]
+    low = per_process("lct_3b", NINE, Mesh(8), lora=64)
+    trained = estimate("lct_3b", NINE, 64)["trained"]
+    assert low["state"] == pytest.approx((STATE * trained + 2 * parameters) / 8, rel=1e-3)
+    assert low["reducing"] == pytest.approx(4 * trained * 7 / 8)
+
+
+def test_the_worst_hundredth_of_steps():
+    steps = [1.0] * 196 + [1.5, 1.1, 1.2, 1.3]
+    assert _uneven(steps) == f"{np.mean(steps):.4f} on average, 1.3000 to 1.5000 in the worst 1 % of steps"
+    assert _uneven([1.25]).startswith("1.2500 on average, 1.2500 to 1.2500")
 
 
 def test_what_no_mesh_can_be_is_refused():

@@ -245,7 +245,7 @@ class Forward {
       found = fmaxf(found, exchange(found, 1));
       found = fmaxf(found, exchange(found, 2));
       // A score's product is exact and `base` is rounded, so weights share a factor that cancels but must not overflow.
-      // Past 2²⁴, where scores are known to no closer than such factors, a power of two rounds nothing.
+      // Past 2²⁴, where scores that are rounded sums are known to no closer, a power of two rounds nothing.
       const float scale = fabsf(found) * slope < 16777216.f ? slope : power_of_two_in(slope);
       const float base = found == -INFINITY ? 0.f : rounded_product(found, scale);  // −∞ − −∞ would be NaN
       shrink[half] = exp2_fast(rounded_product(top[half], scale) - base);  // 1 where the maximum stays, step by step

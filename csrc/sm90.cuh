@@ -64,7 +64,8 @@ DEVICE void barrier_arrive(uint64_t* barrier, int block) {
 }
 
 // Until the phase of this parity is over; the phase before a barrier's first counts as one of parity 1. A wait without end
-// ends the kernel after so many tries, seconds at least: an error says more than a GPU that hangs.
+// here (not at named or cluster barriers) ends the kernel after so many tries, which takes seconds or, where the hardware
+// lets each sleep, far longer.
 DEVICE void barrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done, late;\n.reg .b32 tries;\nmov.b32 tries, 0;\nagain:\n"

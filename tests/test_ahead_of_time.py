@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for the GPUs it is for, spills nothing, fits shared memory, and uses their units."""
+"""Every Triton kernel compiles for the GPUs it is for, spills no more than is known, fits and uses their units."""
 
 import json
 import os
@@ -21,6 +21,8 @@ CASES = {
         "attention-bf16-64-gqa",
         "attention-fp16-96",
         "attention-bf16-72",
+        "attention-bf16-40",
+        "attention-fp16-112",
         "attention-fp16-32",
         "attention-fp32-64",
         "attention-fp32-128",
@@ -100,7 +102,7 @@ SPILLS = {
 }
 
 
-def test_nothing_spills(kernels):
+def test_spills_are_few_and_known(kernels):
     for k in kernels:
         known = [
             most
@@ -121,4 +123,5 @@ def test_attention_in_half_precision_uses_tensor_cores(kernels):
         if k["case"].startswith("attention") and "fp32" not in k["case"] and k["kernel"] != "delta_kernel":
             product, feed = ("HGMMA", "UTMALDG") if k["capability"] == 90 else ("HMMA", "LDGSTS")
             assert k[product], named(k)
-            assert k[feed] or "pointers" in k["case"] or "72" in k["case"], named(k)
+            masked = k["capability"] < 90 and int(k["case"].split("-")[2]) % 32 != 0
+            assert k[feed] or "pointers" in k["case"] or masked, named(k)

@@ -223,7 +223,7 @@ def test_what_python_hands_over(monkeypatch, kind):
 
 
 @needs_compiler
-@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-50])
 def test_scales_that_the_kernel_does_not_take(monkeypatch, scale):
     monkeypatch.setattr(native, "library", lambda: emulated.Library)
     plan = build(SCENES).plan()

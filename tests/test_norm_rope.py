@@ -14,6 +14,7 @@ from lct.kernels.numerics import compare
 SPECS = {
     "per head": NormRope(4, (4, 6, 6)),
     "per row": NormRope(4, (4, 6, 6), scope="row"),
+    "per row of 6 heads": NormRope(6, (4, 6, 6), scope="row"),
     "per row of 20 heads": NormRope(20, (4, 6, 6), scope="row"),
     "channels pass through": NormRope(4, (2, 4, 4)),
     "time only": NormRope(4, (8, 0, 0)),

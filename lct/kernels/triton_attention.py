@@ -95,8 +95,8 @@ def _statistic(x, rows, head, q_rows, end):
 @triton.jit
 def _slope(peak, scale):
     """Of weights 2^(slope · score − slope · peak). One operation makes a weight of a score, with an exact product where
-    the other is rounded: weights of a row share a factor, which cancels but must not overflow. Past 2²⁴, where scores
-    are known to no closer than such factors, a power of two rounds nothing."""
+    the other is rounded: weights under one peak share a factor within 2^(±2⁻²⁴ · slope · peak), which cancels but must
+    not overflow. Past 2²⁴, where scores that are rounded sums are known to no closer, a power of two rounds nothing."""
     slope = scale * LOG2E
     below = (slope.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(peak) * slope < 2**24, slope, below)
@@ -287,14 +287,15 @@ def tiles(kernel: str, dim: int, itemsize: int, hopper: bool) -> Tiles:
     # Blocks are as long as registers allow with hardly a spill on Triton 3.6 and 3.9. Before Hopper, operands wait in
     # registers; head dims that are no multiple of 32 need masks for their channels too.
     wide, padded, odd = dim > 64, dim & (dim - 1) != 0, dim % 32 != 0
+    warps = 8 if wide or odd else 4  # before Hopper
     if kernel == "forward":
         if hopper:
             return Tiles(128, 128, 8, 3)
-        return Tiles(128, 16 if wide and odd else 64, 8 if wide else 4, 2 if odd else 3)
+        return Tiles(128, 16 if wide and odd else 64, warps, 2 if odd else 3)
     if kernel == "dq":
         if hopper:
             return Tiles(128, 32, 8, 2) if wide and padded else Tiles(128, 64, 8, 3)
-        return Tiles(128, 16 if wide and odd else 32, 8 if wide else 4, 2)
+        return Tiles(128, 16 if wide and odd else 32, warps, 2)
     if hopper:  # products of fewer queries would wait for their keys from shared memory
         return Tiles(64, 64 if odd and wide else 128, 8, 2)
     return Tiles(16 if wide else 32, 128, 8, 2)

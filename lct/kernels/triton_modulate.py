@@ -1,7 +1,7 @@
 """LayerNorm + per-shot modulation and gate + residual in Triton, forward and backward.
 
 A program takes some rows of one shot, one after another, and holds that shot's modulation in registers meanwhile. Sums
-over a shot's rows are formed tile by tile and then added up in the order of the tiles: nothing is atomic.
+over a shot's rows are formed tile by tile and then added up in one fixed order: nothing is atomic.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false

@@ -243,7 +243,7 @@ def _backward_heads(
         g = dy * _weight(weight, heads, HEADS, D, P, BY_ROW)
         dx = inverse * (g - normed * _mean(g * normed, HEADS, D, B, H, BY_ROW))
         _store(d_qkv, dx, rows, first + heads, there, D, P)
-        total += dy * normed
+        total += tl.where(there[:, None], dy * normed, 0.0)  # where there is no row and eps is 0, 1 / rms is not finite
     return total
 
 

@@ -175,7 +175,11 @@ inline float rounded_product(float a, float b) {
   return product;
 }
 
-inline float power_of_two_in(float x) { return std::exp2(std::floor(std::log2(x))); }
+inline float power_of_two_in(float x) {
+  int exponent;
+  std::frexp(x, &exponent);
+  return std::ldexp(1.f, exponent - 1);
+}
 
 template <class T>
 uint32_t packed(T, float low, float high) {

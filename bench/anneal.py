@@ -22,12 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lct.evaluate import Mean95
-from lct.progress import training
-from lct.train.checkpoint import checkpoints
 from lct.train.config import TrainConfig
 from lct.train.runs import micro_lct, micro_text_rope
-from lct.train.trainer import Trainer
 from lct.train.weights import load_model
+from lct.tune import complete
 
 BUDGETS, SEEDS = (50, 100, 200, 400), (0, 1, 2)
 SCENE_STEPS, SCENE_SEEDS = 1_000, (0, 1)
@@ -52,12 +50,7 @@ def stage(runs: Path, kind: str, steps: int, seed: int, annealed: bool) -> Train
 
 
 def trained(config: TrainConfig, runs: Path) -> Weights:
-    folder = runs / config.name
-    if not checkpoints(folder):
-        trainer = Trainer(config, folder)
-        with training(config.name, config.steps) as progress:
-            trainer.run(progress)
-    return Weights(*load_model(folder))
+    return Weights(*load_model(complete(config, runs / config.name)))
 
 
 def scores(w: Weights, kind: str, world: World):

@@ -21,12 +21,10 @@ from rich.table import Table
 
 from lct.demo import SAMPLING, SHOTS
 from lct.evaluate import generate, held_out, score
-from lct.progress import training
-from lct.train.checkpoint import checkpoints
 from lct.train.config import TrainConfig
 from lct.train.runs import tiny_causal, tiny_lct, tiny_text_rope
-from lct.train.trainer import Trainer
 from lct.train.weights import load_model
+from lct.tune import complete
 
 SHIFT = 5.0
 WAYS: dict[str, dict[str, Any]] = {
@@ -40,31 +38,26 @@ ASKED = ("colour", "background", "motion")
 @dataclass(frozen=True)
 class Options:
     runs: Path = Path("runs/shifted")
-    """Of this study; finished ones are taken as they are."""
+    """Of this study; those found there go on, finished ones are taken as they are."""
     scenes: int = 64
     """Held-out scenes."""
     out: Path | None = None
     """Folder for the record."""
 
 
-def trained(config: TrainConfig, runs: Path) -> str:
-    folder = runs / config.name
-    if not checkpoints(folder):
-        trainer = Trainer(replace(config, save_every=config.steps), folder)
-        with training(config.name, config.steps) as progress:
-            trainer.run(progress)
-    return str(folder)
-
-
 def main(options: Options) -> int:
     samples, rows = held_out(options.scenes, SHOTS), []
-    start = trained(tiny_text_rope(), options.runs)
+
+    def trained(config: TrainConfig) -> str:
+        return str(complete(replace(config, save_every=config.steps), options.runs / config.name))
+
+    start = trained(tiny_text_rope())
     for way, times in WAYS.items():
         name = way.replace(", ", "_").replace(" ", "_")
         lct = replace(tiny_lct(), name=f"lct_{name}", init=start, shift=SHIFT, **times)
-        both = trained(lct, options.runs)
+        both = trained(lct)
         causal = replace(tiny_causal(), name=f"causal_{name}", init=both, shift=SHIFT, **times)
-        models = [load_model(folder)[0] for folder in (both, trained(causal, options.runs))]
+        models = [load_model(folder)[0] for folder in (both, trained(causal))]
         for mode in ("auto-regressive", "joint"):
             found = score(mode, generate(mode, *models, samples, replace(SAMPLING, shift=SHIFT)), samples)
             rows.append({"way": way, "mode": mode} | {what: vars(found[what]) for what in ASKED})

@@ -8,19 +8,17 @@ from __future__ import annotations
 import os
 import runpy
 import shlex
-import shutil
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from lct.model.config import ComputeDtype, Memory
-from lct.train.config import TrainConfig
-from lct.train.execution import HERE, Execution
 from lct.train.runs import RUNS, run
+from lct.tune import TrainCommand, advise
 
 
 def demo(out: Path = Path("demo"), scenes: int = 64, resume: bool = False, check: bool = False) -> int:
@@ -35,86 +33,6 @@ def demo(out: Path = Path("demo"), scenes: int = 64, resume: bool = False, check
     from lct.demo import run_demo
 
     return run_demo(out, scenes, resume, check)
-
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """Train a run, or resume it."""
-
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    execution: Annotated[Execution, tyro.conf.arg(name="")] = HERE
-    out: Path | None = None
-    """Folder of log and checkpoints; runs/NAME by default. An unfinished run there is resumed."""
-    share: Path | None = None
-    """Also write the averaged weights as one fp16 .safetensors file."""
-    impl: str = "auto"
-    """Attention implementation."""
-    device: str = "cpu"
-
-    def run(self) -> None:
-        from lct.progress import training
-        from lct.train.interrupts import Stopped
-        from lct.train.processes import Processes
-        from lct.train.trainer import Trainer
-        from lct.train.weights import config_of, load_weights, save_weights
-
-        if self.share is not None and self.share.suffix != ".safetensors":
-            raise ValueError(f"share: expected a name that ends in .safetensors, got {self.share}")
-        if self.share is not None and self.config.lora and config_of(str(self.config.init)).lora:
-            raise ValueError("share: the changes of two stages do not fit one file; share the folders of both runs")
-        config, out = self.config, self.out or Path("runs") / self.config.name
-        processes = Processes(self.execution, self.device)
-        # its text encoders come and go before the model, so that they need not fit beside it
-        sampler = None if self.execution.scene is None else self._sampler(self.execution.scene, out, processes)
-        trainer = Trainer(config, out, impl=self.impl, execution=self.execution, sampler=sampler, processes=processes)
-        first = processes.first
-        if first:
-            _advise(self.impl, trainer.device, trainer.dtype)
-        if trainer.resume() and first:
-            print(f"resuming {out} at step {trainer.step}")
-        try:
-            with training(config.name, config.steps, trainer.step, quiet=not first) as progress:
-                folder = trainer.run(progress)
-        except Stopped as stop:
-            if first:
-                print(stop)
-            raise
-        finally:
-            processes.leave()
-        if first:
-            print(folder)
-        if self.share is not None and first:
-            save_weights(self.share, *load_weights(folder))
-            print(self.share)
-
-    def _sampler(self, scene: Path, out: Path, processes: Any):
-        """Generates a scene into OUT/samples, on the first process, and on the others with it."""
-        from tempfile import TemporaryDirectory
-
-        from lct.data.scenefile import read_scene
-        from lct.sample.files import prompts_read, sample_scene
-        from lct.sample.request import Sampling
-
-        c = self.config
-        parts = _pipeline(self.execution.pipeline, str(processes.device), c.compute_dtype)
-        if parts is not None:
-            shared, prompts = prompts_read(read_scene(scene), c.data.shots)
-            parts.found = processes.once(lambda: parts.prepare([shared or "", *prompts, ""]))
-            parts.let_go()
-        elif not c.model.vocabulary:
-            raise ValueError("pipeline: expected the folder of the one that the run tunes, to read and decode `scene`")
-
-        def sample(model, step: int) -> None:
-            sampling = Sampling.of(c, text_scale=c.text_scale_at(step), dtype=c.compute_dtype)
-            with TemporaryDirectory() as elsewhere:
-                folder = out / "samples" / f"step-{step:07d}" if processes.first else Path(elsewhere) / "scene"
-                shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off behind its checkpoint
-                options = {"impl": self.impl, "context": c.data.shots, "pipeline": parts}
-                sample_scene(model, scene, folder, sampling, c.visibility, **options)
-                if parts is not None:
-                    parts.let_go()
-
-        return sample
 
 
 AS_IT_IS = Memory()
@@ -175,8 +93,9 @@ def sample(
             text encoders and VAE.
         memory: Where and how finished shots are kept, for long scenes and large models.
     """
-    from lct.data.scenefile import read_scene
-    from lct.sample.files import prompts_read, sample_scene
+    from lct.data.atomic import check_vacant
+    from lct.pretrained.pipeline import pipeline_of
+    from lct.sample.files import asked, sample_scene
     from lct.sample.request import Sampling, usual_dtype
     from lct.train.weights import available, config_of, load_model
 
@@ -187,37 +106,18 @@ def sample(
     dtype = dtype or usual_dtype(config, device)
     folder = (scene if scene.is_dir() else scene.parent).resolve()
     pipeline = weights if pipeline is None and (weights / "model_index.json").is_file() else pipeline
-    parts = _pipeline(pipeline, device, dtype)
+    parts = pipeline_of(pipeline, device, dtype)
+    target = out or folder.with_name(f"{folder.name}-sample")
+    check_vacant(target)
+    request = asked(config.model, scene, config.data.shots, fps, parts).request
     if parts is not None:  # text encoders come and go before the model, so that they need not fit beside it
-        parts.check(config.model)
-        shared, prompts = prompts_read(read_scene(scene), config.data.shots)
-        parts.prepare([shared or "", *prompts, ""])
+        parts.prepare(request.prompts)
     model, config = load_model(weights, device, pipeline, dtype)
     options = {"guidance": guidance, "history_guidance": history_guidance, "history_time": history_time, "keep": keep}
     sampling = Sampling.of(config, steps=steps, dtype=dtype, **options)
-    _advise(impl, model.video_out.weight.device, sampling.compute_dtype(model))
-    target = out or folder.with_name(f"{folder.name}-sample")
+    advise(impl, model.video_out.weight.device, sampling.compute_dtype(model))
     rest = config.data.shots, parts, None if memory == AS_IT_IS else memory
     print(sample_scene(model, scene, target, sampling, config.visibility, mode, fps, impl, *rest))
-
-
-def _advise(impl: str, device: Any, dtype: Any) -> None:
-    """Say on a GPU, before it begins to be slow, what is not validated there."""
-    from lct.kernels.select import unvalidated
-
-    if advice := unvalidated(impl, device, dtype):
-        print(f"lct: {advice}", file=sys.stderr)
-
-
-def _pipeline(folder: Path | None, device: str, dtype: str | None, batch: int = 8) -> Any:
-    """The parts of a pipeline beside its transformer; None where none is named."""
-    if folder is None:
-        return None
-    import torch
-
-    from lct.pretrained.pipeline import Pipeline
-
-    return Pipeline(folder, device, getattr(torch, dtype or "float32"), batch)
 
 
 def decode(
@@ -238,9 +138,10 @@ def decode(
         device: Such as cuda.
         dtype: Of the VAE.
     """
+    from lct.pretrained.pipeline import pipeline_of
     from lct.sample.files import decode_scene
 
-    print(decode_scene(scene, out, fps, _pipeline(pipeline, device, dtype)))
+    print(decode_scene(scene, out, fps, pipeline_of(pipeline, device, dtype)))
 
 
 @dataclass(frozen=True)
@@ -355,9 +256,13 @@ def encode(
         device: Such as cuda.
         dtype: Of VAE and text encoders.
     """
-    from lct.pretrained.encode import encode as run_encode
+    import torch
 
-    for folder in run_encode(scenes, _pipeline(pipeline, device, dtype, batch), films, out, side, fps, max_frames):
+    from lct.pretrained.encode import encode as run_encode
+    from lct.pretrained.pipeline import Pipeline
+
+    parts = Pipeline(pipeline, device, getattr(torch, dtype), batch)
+    for folder in run_encode(scenes, parts, films, out, side, fps, max_frames):
         print(folder)
 
 
@@ -562,18 +467,26 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit code 0, or 2 with one line for what the user can mend."""
-    code = 1
+    code, ours = 1, not _among_others()
     try:
         code = _main(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
     finally:
-        distributed = sys.modules.get("torch.distributed")
-        if distributed is not None and distributed.is_initialized():  # it did not leave the others, whom Python's own
-            if sys.exc_info()[1] is not None:  # end might wait for
+        if ours and _among_others():  # it did not leave them, and Python's own end might wait for them
+            if not isinstance(sys.exc_info()[1], SystemExit | None):
                 traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
     return code
+
+
+def _among_others() -> bool:
+    """Whether this is one process of a group."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _main(arguments: list[str]) -> int:

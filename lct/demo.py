@@ -21,12 +21,12 @@ from lct.draw import contact_sheet, mask_picture, positions_picture
 from lct.evaluate import MODES, Frames, Mean95, generate, held_out, score, true_frames
 from lct.layout import SceneLayout
 from lct.model.mmdit import MMDiT
-from lct.progress import counting, training
+from lct.progress import counting
 from lct.report import Heading, Metric, Metrics, Picture, Text, Video, write_page
 from lct.sample import Sampling
 from lct.train.runs import tiny_causal, tiny_lct, tiny_text_rope
-from lct.train.trainer import Trainer
 from lct.train.weights import load_model
+from lct.tune import complete
 
 SHOTS = 4
 SHOWN = 3  # scenes on the contact sheet
@@ -105,11 +105,8 @@ def _train(out: Path, resume: bool) -> tuple[MMDiT, MMDiT, dict[str, float]]:
         folder = out / config.name
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
-        trainer = Trainer(config, folder)
-        trainer.resume()
         began = time.monotonic()
-        with training(config.name, config.steps, trainer.step) as progress:
-            trainer.run(progress)
+        complete(config, folder)
         stages[config.name] = time.monotonic() - began
         init = str(folder)
     return load_model(out / "tiny_lct")[0], load_model(out / "tiny_causal")[0], stages

@@ -377,9 +377,13 @@ def test_ingest_wants_a_new_folder_and_a_rate_the_film_has(refused, tmp_path):
     ],
     ids=["uneven", "no-size", "all-given", "no-media", "no-shots", "no-toml", "unknown-key", "codec"],
 )
-def test_a_scene_that_cannot_be_made_is_refused(refused, scene, weights, text, said):
-    line = refused("sample", scene(text), "--weights", weights, "--steps=1")
-    assert all(part in line for part in said), line
+def test_a_scene_that_cannot_be_made_is_refused(refused, scene, weights, text, said, monkeypatch):
+    """Before weights are read, and before a run that would sample it begins."""
+    monkeypatch.setattr("lct.train.weights.load_model", lambda *_: pytest.fail("weights were read first"))
+    folder = scene(text)
+    run = ["train", "tiny_lct", *SMALL, "--sample-every=1", "--scene"]
+    for line in (refused("sample", folder, "--weights", weights, "--steps=1"), refused(*run, folder)):
+        assert all(part in line for part in said), line
 
 
 def test_sample_wants_a_scene_a_new_folder_and_weights(refused, scene, weights, tmp_path):

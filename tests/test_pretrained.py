@@ -11,7 +11,7 @@ import torch
 from film import fetch_film
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lct.cli import main
 from lct.data.ingest import ingest
@@ -127,7 +127,11 @@ def test_encoding_goes_on_where_it_stopped(folders, scenes, tmp_path, monkeypatc
     stamp = (out / whole[0] / TEXT).stat().st_mtime_ns
     written = encode(scenes[0], pipeline, scenes[1], out, 64, FPS, FRAMES)
     assert len(written) == 1 and (out / whole[0] / TEXT).stat().st_mtime_ns == stamp
+    rows = load_file(out / whole[0] / TEXT)
+    save_file({name: rows[name] for name in sorted(rows)[1:]}, out / whole[0] / TEXT)
     assert encode(scenes[0], pipeline, scenes[1], out, 64, FPS, FRAMES) == []
+    again = load_file(out / whole[0] / TEXT)
+    assert again.keys() == rows.keys() and all(torch.equal(again[name], rows[name]) for name in rows)
 
 
 @given(st.lists(st.integers(4, 60), min_size=2, max_size=9), st.floats(1.0, 3.2), st.integers(0, 40))
@@ -135,11 +139,22 @@ def test_nothing_is_lost_between_segments(lengths, step, start):
     """A segment without cut begins where the latents of the last one end, and all of it fits in whole strides."""
     ends = [start + sum(lengths[: i + 1]) for i in range(len(lengths))]
     shots = [ShotEntry("", False, frames=span) for span in zip([start, *ends], ends, strict=False)]
-    plans = encoding._plans(Path(), SceneFile(GlobalPrompt(), tuple(shots)), step, 200, 4)
+    plans = encoding._plans(Path(), SceneFile(GlobalPrompt(), tuple(shots)), 200, step, 4)
     assert [p.span[0] for p in plans] == [start, *(p.span[1] for p in plans[:-1])]
     assert all(len(p.video) % 4 == 1 for p in plans) and ends[-1] - plans[-1].span[1] <= 4 * step
-    with pytest.raises(ValueError, match="shot 1 of .* raise it, or ingest shorter segments"):
-        encoding._plans(Path(), SceneFile(GlobalPrompt(), (replace(shots[0], frames=(0, 60)), shots[1])), 1.0, 33, 4)
+
+
+@pytest.mark.parametrize("first_is_cut", [True, False])
+def test_a_shot_that_another_goes_on_from_is_not_cut_short(first_is_cut):
+    def planned(*shots):
+        entries = tuple(ShotEntry("", cut, frames=span) for cut, span in shots)
+        return [p.span for p in encoding._plans(Path("film"), SceneFile(GlobalPrompt(), entries), 33, 1.0, 4)]
+
+    long, next_, last = (first_is_cut, (0, 60)), (False, (60, 90)), (False, (90, 200))
+    with pytest.raises(ValueError, match="shot 1 of film is 27 frames longer than 33, and shot 2 .* raise it, or ing"):
+        planned(long, next_)
+    assert planned(long, (True, next_[1])) == [(0, 33), (60, 89)]
+    assert planned((first_is_cut, (27, 60)), next_, last) == [(27, 60), (60, 89), (89, 122)]
 
 
 def test_what_cannot_be_encoded_is_told_first(folders, scenes, tmp_path):

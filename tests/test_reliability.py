@@ -225,6 +225,33 @@ def test_an_error_of_one_process_ends_it_though_others_wait_for_it(tmp_path):
     assert done.stderr.count("RuntimeError: of this one alone\n") == 1
 
 
+ENDS = {143: "raise Stopped(15, 3, 0.1)", 1: "raise RuntimeError('of it')", 0: "return 0"}
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_a_command_that_did_not_leave_its_group_ends_the_program_with_its_own_code(code):
+    done = grouped("def work(_):", "    group()", f"    {ENDS[code]}", "cli._main = work", "cli.main([])", "print(1)")
+    assert done.returncode == code and not done.stdout
+    assert ("RuntimeError: of it" in done.stderr) == (code == 1) and ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_a_command_within_a_group_that_it_did_not_make_returns(tmp_path):
+    mask = f"cli.main(['mask', '9:1x2x2', '--out', {str(tmp_path / 'mask.png')!r}])"
+    done = grouped("group()", f"code = {mask}", "print('goes on', code)")
+    assert done.stdout.splitlines()[-1] == "goes on 0", done.stderr
+
+
+def grouped(*lines):
+    """Run lines of a program that can be one of a group of processes, itself alone in it."""
+    begin = (
+        "import torch.distributed as dist",
+        "from lct import cli",
+        "from lct.train.interrupts import Stopped",
+        "group = lambda: dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)",
+    )
+    return subprocess.run([sys.executable, "-c", "\n".join([*begin, *lines])], capture_output=True, text=True)
+
+
 def test_a_run_that_was_stopped_before_its_first_step_goes_on(tmp_path):
     first = Trainer(small(steps=2), tmp_path)
     first.interrupts.number = signal.SIGTERM
@@ -401,6 +428,22 @@ def test_samples_and_traces_on_the_way(tmp_path):
     assert not all(torch.equal(w, averages[n]) for n, w in trainer.trained.items())
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
     assert any("lct::attention" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+@pytest.mark.parametrize("save_every", [2, 1000])
+def test_an_error_in_a_sample_costs_no_step(tmp_path, save_every):
+    """Nor does it come again as soon as the run goes on."""
+
+    def sampler(model, step):
+        raise MemoryError("of the VAE")
+
+    execution = Execution(scene=tmp_path / "scene", sample_every=2)
+    for step in (2, 4):
+        trainer = Trainer(small(steps=5, save_every=save_every), tmp_path, execution=execution, sampler=sampler)
+        assert trainer.resume() == (step == 4)
+        with pytest.raises(MemoryError, match="of the VAE") as error:
+            trainer.run()
+        assert error.value.__notes__ == [f"step {step} was saved"] and newest_whole(tmp_path)[1]["step"] == step
 
 
 def test_tensorboard_events(tmp_path):

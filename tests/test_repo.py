@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "lct.estimate": (*MODEL, "lct.train"),
     "lct.validate": ("lct.layout", "lct.kernels"),
     "lct.doctor": ("lct.kernels", "lct.validate"),
+    "lct.tune": (*MODEL, "lct.data", "lct.pretrained", "lct.train", "lct.sample", "lct.progress"),
     "lct.demo": (
         *MODEL,
         "lct.data",
@@ -58,6 +59,7 @@ MAY_IMPORT = {
         "lct.sample",
         "lct.evaluate",
         "lct.progress",
+        "lct.tune",
         "lct.report",
     ),
 }

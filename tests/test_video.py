@@ -19,11 +19,11 @@ def moving(frames=20, height=48, width=64):
     return np.stack([np.roll(smooth, i, 1) for i in range(frames)]).astype(np.uint8)
 
 
-def mux(path, form, codec="libx264", frames=None, rotation=0, **options):
-    """Write a film with any container and codec, as other programs would."""
+def mux(path, form, codec="libx264", frames=None, rotation=0, coded=None, **options):
+    """Write a film with any container and codec, as other programs would; `coded` holds the codec's options."""
     frames = moving() if frames is None else frames
     with av.open(str(path), "w", format=form, options=options) as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=25, options=coded)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         if rotation:
             stream.set_display_rotation(rotation)
@@ -99,12 +99,23 @@ def test_iterating_gives_the_same_frames_resized_while_decoding(tmp_path):
     assert np.array_equal(film.frames, np.stack(small))
 
 
-@pytest.mark.parametrize("numbers", [[0], [199], [3, 4, 90], [120, 121, 150], []])
-def test_stills_are_the_films_frames(tmp_path, numbers):
-    """Also of a film that can begin from few of its pictures."""
-    path = mux(tmp_path / "film.mp4", "mp4", frames=moving(200))
+@pytest.mark.parametrize(
+    "name, form, codec",
+    [("a.mp4", "mp4", "libx264"), ("a.mov", "mov", "mpeg4"), ("a.mkv", "matroska", "libx264"),
+     ("a.webm", "webm", "libvpx"), ("a.avi", "avi", "mpeg4"), ("b.avi", "avi", "libx264"),
+     ("a.ts", "mpegts", "libx264"), ("b.ts", "mpegts", "mpeg2video")],
+)  # fmt: skip
+@pytest.mark.parametrize("coded", [{}, {"bf": "2", "g": "50"}])
+def test_stills_are_the_films_frames(tmp_path, name, form, codec, coded):
+    """Wherever a container's seek lands, and however few of a film's pictures it can begin from."""
+    path = mux(tmp_path / name, form, codec, moving(120, width=128), coded=coded)
     film = read_video(path).frames
-    assert all(np.array_equal(x, film[n]) for n, x in zip(numbers, read_stills(path, numbers), strict=True))
+    for n in range(len(film)):
+        numbers = sorted({n, min(n + 3, len(film) - 1), len(film) - 1 - n % 7} - set(range(n)))
+        assert all(np.array_equal(x, film[i]) for i, x in zip(numbers, read_stills(path, numbers), strict=True)), n
+    assert read_stills(path, []) == []
+    with pytest.raises(ValueError, match="expected a frame 120, the film ends before"):
+        read_stills(path, [100, 120])
 
 
 @pytest.mark.parametrize("degrees", [90, 180, -90])

@@ -23,12 +23,11 @@ from findings import finding, history, long, metrics, quality, rivals, ways
 from findings.finding import Finding, World
 from findings.ways import Weights
 from lct.data.atomic import new_file
-from lct.progress import training
 from lct.train.checkpoint import PREFIX, checkpoints, load_config
 from lct.train.config import TrainConfig
 from lct.train.runs import micro_causal, micro_lct, micro_pretrain, micro_text_rope
-from lct.train.trainer import Trainer
 from lct.train.weights import digest_of, load_model, load_weights, save_weights
+from lct.tune import complete
 
 SHARED = Path(__file__).parent / "weights"
 RECORD = Path(__file__).parents[1] / "results" / "findings-cpu.json"
@@ -71,10 +70,7 @@ def train(folder: Path, device: str) -> None:
     for config in stages(folder):
         if _is_finished(config, folder / config.name):
             continue
-        trainer = Trainer(config, folder / config.name, device)
-        trainer.resume()
-        with training(config.name, config.steps, trainer.step) as progress:
-            trainer.run(progress)
+        complete(config, folder / config.name, device)
 
 
 def _is_finished(config: TrainConfig, folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,24 +71,47 @@ def iterate_video(
 def read_stills(
     path: str | Path, numbers: Sequence[int], *, max_pixels: int = MAX_PIXELS, resize: Resize | None = None
 ) -> list[np.ndarray]:
-    """Some frames of a film by their numbers, which rise; uint8 [H, W, 3]. Only what lies between them is decoded.
+    """Some frames of a film by their numbers, which rise; uint8 [H, W, 3]. Decoded is from a whole picture before the
+    first to the last; of an avi, whose times are not those of its frames, all before the last.
 
     They are found by their times, as those of a film of an even rate: in others they are near what was asked for.
     ValueError where the film ends before.
     """
+    if not numbers:
+        return []
+    # containers may seek to behind what is asked for, or to within pictures that cannot be decoded from there
+    for earlier in (0.0, 10.0, 60.0, math.inf):
+        with _opened(path, max_pixels) as (container, stream):
+            numbered = _numbered(container, stream, float(_rate(path, stream)), numbers[0], earlier)
+            found = _stills(numbered, numbers, resize)
+        if len(found) == len(numbers):
+            return found
+    raise ValueError(f"{path}: expected a frame {numbers[len(found)]}, the film ends before; is it another film?")
+
+
+def _numbered(container: Any, stream: Any, rate: float, first: int, earlier: float) -> Iterator:
+    """Frames and their numbers, from so many seconds or more before the first; none where that cannot be."""
+    if earlier == math.inf or container.format.name == "avi":
+        yield from enumerate(container.decode(stream))
+        return
+    start = float((stream.start_time or 0) * stream.time_base)
+    container.seek(int((start + max(first / rate - earlier, 0.0)) / stream.time_base), stream=stream)
+    for i, frame in enumerate(container.decode(stream)):
+        if frame.time is None:
+            return
+        number = round((frame.time - start) * rate)
+        if i == 0 and number > first:
+            return
+        yield number, frame
+
+
+def _stills(numbered: Iterator, numbers: Sequence[int], resize: Resize | None) -> list[np.ndarray]:
     found: list[np.ndarray] = []
-    with _opened(path, max_pixels) as (container, stream):
-        start, rate = float((stream.start_time or 0) * stream.time_base), float(_rate(path, stream))
-        if numbers:
-            container.seek(int((start + numbers[0] / rate) / stream.time_base), stream=stream)  # to a whole picture
-        for frame in container.decode(stream):
-            now = round(((frame.time or 0.0) - start) * rate)
-            while len(found) < len(numbers) and now >= numbers[len(found)]:
-                found.append(_upright(frame, round(frame.rotation / 90) % 4, resize))
-            if len(found) == len(numbers):
-                return found
-    if len(found) < len(numbers):
-        raise ValueError(f"{path}: expected a frame {numbers[len(found)]}, the film ends before; is it another film?")
+    for now, frame in numbered:
+        while len(found) < len(numbers) and now >= numbers[len(found)]:
+            found.append(_upright(frame, round(frame.rotation / 90) % 4, resize))
+        if len(found) == len(numbers):
+            break
     return found
 
 

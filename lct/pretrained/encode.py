@@ -38,7 +38,7 @@ def encode(
 
     Each folder holds the scene file with its prompts, `shot-N.video` and `shot-N.images`, and `text.safetensors`; the
     null prompt lies in `out`. ValueError or FileNotFoundError, before anything is encoded, for a film that is missing,
-    for scenes that no film was cut into, and for segments without cut that are longer than `max_frames`.
+    for scenes that no film was cut into, and for shots longer than `max_frames` that another goes on from.
     """
     video_package("av")
     read = {folder: read_scene(folder) for folder in scene_folders(scenes)}
@@ -48,12 +48,14 @@ def encode(
         if not (films / scene.source).is_file():
             raise FileNotFoundError(f"{films / scene.source}: no such film, though {folder} was cut from it")
     steps = {source: _step(films / source, fps) for source in {str(scene.source) for scene in read.values()}}
-    stride = pipeline.codec.time_stride
-    plans = {f: _plans(f, s, steps[str(s.source)], max_frames, stride) for f, s in read.items()}
     left = {f: s for f, s in read.items() if not _is_finished(out / f.relative_to(scenes), s, pipeline, fps)}
+    strides = {f: (steps[str(s.source)], pipeline.codec.time_stride) for f, s in left.items()}
+    plans = {f: _plans(f, s, max_frames, *strides[f]) for f, s in left.items()}
     out.mkdir(parents=True, exist_ok=True)
     if left or not (out / TEXT).is_file():
         _write_null(out, pipeline)
+    for folder in read.keys() - left.keys():
+        _complete_text(out / folder.relative_to(scenes) / TEXT, read[folder], pipeline)
     written = []
     with counting("encode", len(read), len(read) - len(left)) as advance:
         for group in _passes(left):
@@ -86,28 +88,37 @@ def _write(target: Path, scene: SceneFile, plans: list[ShotFrames], media: Itera
         plan, video, images = next(media)
         latents |= {f"shot-{i}.video": video, f"shot-{i}.images": images}
         entries.append(replace(shot, size=video.shape[:3], media=f"shot-{i}", frames=plan.span))
-    prompts = prompts_of(scene)
     with new_folder(target) as temporary:
         encoded = replace(scene, shots=tuple(entries), fps=fps, codec=pipeline.codec.name)
         write_scene(temporary, encoded, latents)
-        write_features(temporary / TEXT, dict(zip(prompts, pipeline.encode(prompts), strict=True)))
+        _write_text(temporary / TEXT, scene, pipeline)
 
 
-def _plans(folder: Path, scene: SceneFile, step: float, most: int, time_stride: int) -> list[ShotFrames]:
+def _write_text(file: Path, scene: SceneFile, pipeline: Pipeline) -> None:
+    prompts = prompts_of(scene)
+    write_features(file, dict(zip(prompts, pipeline.encode(prompts), strict=True)))
+
+
+def _complete_text(file: Path, scene: SceneFile, pipeline: Pipeline) -> None:
+    """Encode a finished scene's prompts anew where an earlier version did not ask for all of them."""
+    if any(read_features(file, prompt) is None for prompt in prompts_of(scene)):
+        _write_text(file, scene, pipeline)
+
+
+def _plans(folder: Path, scene: SceneFile, most: int, step: float, time_stride: int) -> list[ShotFrames]:
     """The frames of each shot; a segment that goes on where the last one ended begins where its latents end."""
     plans: list[ShotFrames] = []
-    last = None
+    last = -1
     for i, shot in enumerate(scene.shots):
         start, end = _span(shot)
-        goes_on = not shot.cut and start == last
-        plan = shot_frames((plans[-1].span[1] if goes_on else start, end), step, most, time_stride)
-        lost = (end - plan.span[1]) / step
-        if not shot.cut and len(scene.shots) > 1 and lost >= time_stride:
-            raise ValueError(
-                f"max_frames: shot {i + 1} of {folder} is a segment without cut and {lost:.0f} frames longer than "
-                f"{most}: the next one would not go on from it; raise it, or ingest shorter segments"
-            )
-        plans.append(plan)
+        if not shot.cut and start == last:
+            start = plans[-1].span[1]
+            if (lost := (last - start) / step) >= time_stride:
+                raise ValueError(
+                    f"max_frames: shot {i} of {folder} is {lost:.0f} frames longer than {most}, and shot {i + 1} goes "
+                    "on from it without a cut; raise it, or ingest shorter segments"
+                )
+        plans.append(shot_frames((start, end), step, most, time_stride))
         last = end
     return plans
 
@@ -137,7 +148,6 @@ def _is_finished(folder: Path, scene: SceneFile, pipeline: Pipeline, fps: float)
         return False
     there, name = read_scene(folder), pipeline.codec.name
     same = [(s.prompt, s.cut) for s in there.shots] == [(s.prompt, s.cut) for s in scene.shots]
-    same = same and all(read_features(folder / TEXT, prompt) is not None for prompt in prompts_of(scene))
     if not same or (there.global_prompt, there.codec, there.fps) != (scene.global_prompt, name, fps):
         raise ValueError(f"{folder}: was encoded with other prompts, another pipeline or fps; remove it to encode anew")
     return True

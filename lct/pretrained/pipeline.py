@@ -135,6 +135,11 @@ class Pipeline:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
+def pipeline_of(folder: Path | None, device: str, dtype: str | None) -> Pipeline | None:
+    """See `Pipeline`; the dtype by its name, float32 by default. None where no folder is named."""
+    return None if folder is None else Pipeline(folder, device, getattr(torch, dtype or "float32"))
+
+
 def _hunyuan(p: Pipeline, prompts: list[str]) -> list[Tensor]:
     rows, pooled, mask = p._text.encode_prompt(prompts, device=p.device, dtype=p.dtype)
     return [

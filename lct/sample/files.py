@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from lct.data.scenefile import SceneFile, ShotEntry, load_shot, media_of, read_s
 from lct.data.scenes import ShotSample, shot_prompt, single_prompt
 from lct.data.video import video_package, write_video
 from lct.draw import contact_sheet
-from lct.model.config import Memory
+from lct.model.config import Memory, ModelConfig
 from lct.model.mmdit import MMDiT
 from lct.pretrained.pipeline import Pipeline
 from lct.sample.autoregressive import autoregressive
@@ -26,6 +27,38 @@ from lct.sample.select import CONTEXT, choose
 
 SHEET, SCENE = "contact-sheet.png", "scene"
 DEFAULT_FPS = 6.0
+
+
+class Asked(NamedTuple):
+    """What a scene file asks for; the shots that it gives by their index."""
+
+    file: SceneFile
+    folder: Path
+    fps: float
+    codec: Codec
+    given: dict[int, ShotSample]
+    request: SceneRequest
+
+
+def asked(
+    config: ModelConfig, scene_path: Path, context: int = CONTEXT, fps: float | None = None,
+    pipeline: Pipeline | None = None,
+) -> Asked:  # fmt: skip
+    """What a scene file asks of a model, see `sample_scene`. ValueError where a shot has no size or one that the
+    model's patch does not divide, where given latents are not the model's, and where all shots are given;
+    FileNotFoundError where there is none."""
+    video_package("av")
+    if pipeline is not None:
+        pipeline.check(config)
+    file = read_scene(scene_path)
+    folder = scene_path if scene_path.is_dir() else scene_path.parent
+    rate, codec = _rate(file, fps, pipeline), codec_of(file.codec, scene_path, pipeline)
+    given = {i: load_shot(folder, file, i) for i, entry in enumerate(file.shots) if entry.media is not None}
+    if len(given) == len(file.shots):
+        raise ValueError(f"{scene_path}: every shot has media, nothing to generate; add a [[shot]] without media")
+    shared, prompts = prompts_read(file, context)
+    shots = tuple(_request(config, folder, i, entry, prompts[i], given.get(i)) for i, entry in enumerate(file.shots))
+    return Asked(file, folder, rate, codec, given, SceneRequest(shared, shots))
 
 
 def sample_scene(
@@ -51,25 +84,15 @@ def sample_scene(
     memory      of finished shots, where it should not be that of a plain cache
 
     `out` holds `scene/` (the scene file and all latents, whole or not at all), `shot-N.mp4` and a contact sheet.
-    Latents are on disk before they are decoded: see `decode_scene`. ValueError, before anything is generated, where a
-    shot has no size or one that the model's patch does not divide, where given latents are not the model's, and where
-    all shots are given.
+    Latents are on disk before they are decoded: see `decode_scene`. Raises, before anything is generated, what `asked`
+    raises.
     """
     check_vacant(out)
-    video_package("av")
-    file = read_scene(scene_path)
-    folder = scene_path if scene_path.is_dir() else scene_path.parent
-    fps = _rate(file, fps, pipeline)
-    codec = codec_of(file.codec, scene_path, pipeline)
-    given = {i: load_shot(folder, file, i) for i, entry in enumerate(file.shots) if entry.media is not None}
-    if len(given) == len(file.shots):
-        raise ValueError(f"{scene_path}: every shot has media, nothing to generate; add a [[shot]] without media")
-    shared, prompts = prompts_read(file, context)
-    shots = tuple(_request(model, folder, i, entry, prompts[i], given.get(i)) for i, entry in enumerate(file.shots))
-    request = SceneRequest(shared, shots)
+    file, folder, fps, codec, given, request = asked(model.config, scene_path, context, fps, pipeline)
+    shots = request.shots
     if pipeline is not None:
         pipeline.speak_for(model)
-        pipeline.prepare([shared or "", *prompts, ""])
+        pipeline.prepare(request.prompts)
 
     causal = visibility == "context_causal"
     mode = mode or ("auto-regressive" if causal else "joint")
@@ -181,10 +204,10 @@ def _chosen(folder: Path, file: SceneFile, context: int) -> list[list[int]] | No
 
 
 def _request(
-    model: MMDiT, folder: Path, index: int, entry: ShotEntry, prompt: str, given: ShotSample | None
+    config: ModelConfig, folder: Path, index: int, entry: ShotEntry, prompt: str, given: ShotSample | None
 ) -> ShotRequest:
     """The request for shot `index`; errors count shots from 1, as a reader of the file does."""
-    where, patch, channels = f"{folder}: shot {index + 1}", model.config.patch, model.config.latent_channels
+    where, patch, channels = f"{folder}: shot {index + 1}", config.patch, config.latent_channels
     size = entry.size if given is None else given.latents.shape[:3]
     if size is None:
         raise ValueError(f"{where} has neither size nor media; give it size = [frames, height, width]")

@@ -62,6 +62,11 @@ class SceneRequest:
     global_prompt: str | None
     shots: tuple[ShotRequest, ...]
 
+    @property
+    def prompts(self) -> list[str]:
+        """All that a text encoder is asked for, the null prompt as well."""
+        return [self.global_prompt or "", *(shot.prompt for shot in self.shots), ""]
+
     @classmethod
     def like(
         cls, sample: SceneSample, patch: tuple[int, int, int], seed: int, given: Sequence[int] = ()

@@ -78,7 +78,7 @@ class TrainConfig:
     """Video rows of the shot that the shift is for; larger shots get more of it. 0: the same for all."""
     unshifted: float = 0.0
     """Share of the shots whose time is drawn without the shift, which leaves hardly any shot as clean as those that
-    others are conditioned on: with 5, one in 15,000 below 0.1, where the paper has one in 70."""
+    others are conditioned on: with 5, one in 14,000 below 0.1, where the paper has one in 70."""
     shared_time: bool = False
     """One time for all shots of a scene instead of one for each (§ 3.2.3), to see what is lost by it."""
     one_place: bool = False

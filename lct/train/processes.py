@@ -126,7 +126,7 @@ class Processes:
         """Part from the others in order, if all come to it: a process that just ends may abort those that still wait.
         Where one does not come, as when an error is this process's alone, others may wait for what it no longer
         computes, and to leave would be to wait for them: the program has to end, see `lct.cli.main`."""
-        if self.count > 1 and dist.is_initialized():
+        if self._farewell is not None and dist.is_initialized():
             here = cast(dist.Work, dist.barrier(self._farewell, async_op=True))
             end = time.monotonic() + FAREWELL
             while not here.is_completed() and time.monotonic() < end:

@@ -278,6 +278,7 @@ class Trainer:
                         profile.step()
                     self._check_streak()
                     if self.execution.sample_every and self.step % self.execution.sample_every == 0:
+                        self._save_if_due()
                         self._sample()
             self.saver.wait()
         except (Damaged, FloatingPointError) as error:  # all processes know, and what was learnt is kept
@@ -307,14 +308,18 @@ class Trainer:
             self.saver.wait()
             raise OSError(f"{self.out}: another process could not write its part of a checkpoint")
         end = self.step >= self.config.steps
-        due = end or (self.step > 0 and self.step % self.config.save_every == 0)
-        if (stop or due) and self.step != self.saved:
-            self.save()
+        self._save_if_due(stop)
         if stop and not end:
             self.saver.wait()
             began = self.interrupts.at or time.monotonic()  # another process may have been told
             raise Stopped(self.interrupts.number or signal.SIGTERM, self.step, time.monotonic() - began)
         return end
+
+    def _save_if_due(self, now: bool = False) -> None:
+        step = self.step
+        due = now or step >= self.config.steps or (step > 0 and step % self.config.save_every == 0)
+        if due and step != self.saved:
+            self.save()
 
     def _check_streak(self) -> None:
         if self._in_a_row >= MOST_SKIPPED:
@@ -337,9 +342,14 @@ class Trainer:
         if self.sampler is None:
             return
         wanted = lambda: self.processes.any(self.interrupts.wanted)[0]  # noqa: E731
-        with self.averaged_weights(), abandoned_when(self.model, wanted):
-            self.model.eval()
-            self.sampler(self.model, self.step)
+        try:
+            with self.averaged_weights(), abandoned_when(self.model, wanted):
+                self.model.eval()
+                self.sampler(self.model, self.step)
+        except Exception as error:
+            if self.processes.count == 1:  # among many the others may not know
+                error.add_note(self._kept())
+            raise
         self.model.train()
 
     @contextmanager

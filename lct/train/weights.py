@@ -212,14 +212,18 @@ def untuned(model: ModelConfig, shift: float) -> TrainConfig:
     return replace(run, name="untuned", model=model, data=data, **changes)
 
 
-def settled(config: TrainConfig) -> TrainConfig:
-    """A run with what the weights say that it starts from: the model, of an open one, which they know better than a
-    preset, and their hash, where low-rank changes are trained beside them."""
-    if config.init is None:
+def with_model(config: TrainConfig) -> TrainConfig:
+    """A run with the model of the weights that it starts from, of an open one, which they know better than a preset."""
+    if config.init is None or (config.model.family == "mmdit" and not is_diffusers(config.init)):
         return config
-    if config.model.family != "mmdit" or is_diffusers(config.init):
-        config = replace(config, model=config_of(config.init).model)
-    return replace(config, init_digest=digest_of(str(config.init))) if config.lora else config
+    return replace(config, model=config_of(config.init).model)
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """A run with what the weights say that it starts from: their model, and their hash where low-rank changes are
+    trained beside them."""
+    digest = {"init_digest": digest_of(str(config.init))} if config.init is not None and config.lora else {}
+    return replace(with_model(config), **digest)
 
 
 def config_of(path: str | Path) -> TrainConfig:

@@ -308,18 +308,18 @@ def export(
 
 
 def caption(folder: tyro.conf.Positional[Path], command: str, films: Path | None = None) -> None:
-    """Let a command of your own describe the shots of a scene folder, and write its prompts into the scene file.
+    """Let a command of your own describe the shots of scenes, and write its prompts into the scene files.
 
     Args:
-        folder: A scene folder with latents, as `lct ingest` writes it.
+        folder: A scene folder with latents, as `lct ingest` writes it; or a folder of many: those without prompts.
         command: Such as "python captioner.py --model NAME". It reads JSON, {"instructions": "…", "files": ["….png",
             …]}, on its standard input and writes the prompts as TOML to its standard output.
-        films: Folder of the film that the scene was cut from, for sharp frames; else they are as small as its latents.
+        films: Folder of the films that scenes were cut from, for sharp frames; else they are as small as the latents.
     """
-    from lct.data.prompts import caption as run_caption
+    from lct.data.prompts import caption_all
 
-    run_caption(folder, shlex.split(command), films=films)
-    print(folder)
+    for scene, described in caption_all(folder, shlex.split(command), films):
+        print(scene if described else f"{scene}: has prompts")
 
 
 def plan(

@@ -134,6 +134,39 @@ def test_encoding_goes_on_where_it_stopped(folders, scenes, tmp_path, monkeypatc
     assert again.keys() == rows.keys() and all(torch.equal(again[name], rows[name]) for name in rows)
 
 
+def test_what_is_encoded_otherwise_is_not_taken_for_finished(folders, scenes, tmp_path):
+    pipeline, out, there = Pipeline(folders["wan"]), tmp_path / "encoded", tmp_path / "scenes"
+    shutil.copytree(scenes[0], there)
+    with pytest.raises(ValueError, match="out: expected a folder beside"):
+        encode(there, pipeline, scenes[1], there / "encoded", 64, FPS, FRAMES)
+    encode(there, pipeline, scenes[1], out, 64, FPS, FRAMES)
+    scene_path = sorted(there.iterdir())[0]
+    scene = read_scene(scene_path)
+    (start, end), film = scene.shots[0].frames, scenes[1] / scene.source
+    others = tmp_path / "films"
+    shutil.copytree(scenes[1], others)
+    shutil.copy(film, others / f"other{film.suffix}")
+
+    def again(changed, side=64, where=out):
+        rewrite_scene(scene_path, changed)
+        return encode(there, pipeline, others, where, side, FPS, FRAMES)
+
+    def framed(shot, frames):
+        shots = list(scene.shots)
+        shots[shot] = replace(shots[shot], frames=frames)
+        return replace(scene, shots=tuple(shots))
+
+    elsewhere = replace(scene, source=f"other{film.suffix}")
+    assert again(scene) == []
+    for changed, side in ((scene, 128), (framed(0, (start + 1, end)), 64), (elsewhere, 64)):
+        with pytest.raises(ValueError, match="was encoded with other prompts, frames, sizes"):
+            again(changed, side)
+    with pytest.raises(ValueError, match="shot 2: expected frames from"):
+        again(replace(scene, shots=(scene.shots[0], scene.shots[0])), where=tmp_path / "overlapping")
+    with pytest.raises(ValueError, match="the film ends before; is it another film"):
+        again(framed(-1, (10**6, 10**6 + 9)), where=tmp_path / "beyond")
+
+
 @given(st.lists(st.integers(4, 60), min_size=2, max_size=9), st.floats(1.0, 3.2), st.integers(0, 40))
 def test_nothing_is_lost_between_segments(lengths, step, start):
     """A segment without cut begins where the latents of the last one end, and all of it fits in whole strides."""

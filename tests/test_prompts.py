@@ -1,16 +1,27 @@
 """Prompts: what the linter finds; captioners and planners that are real commands, good, slow to learn and hostile."""
 
 import json
+import shutil
 import struct
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lct.data.prompts import CAPTION, PLAN, ask, caption, characters, plan, problems
-from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry, parse_scene, read_scene, scene_text, write_scene
+from lct.data.prompts import CAPTION, PLAN, ask, caption, caption_all, characters, plan, problems
+from lct.data.scenefile import (
+    GlobalPrompt,
+    SceneFile,
+    ShotEntry,
+    parse_scene,
+    read_scene,
+    rewrite_scene,
+    scene_text,
+    write_scene,
+)
 from lct.data.video import write_video
 
 CAST = {"1": "a young man with blonde hair, dark jacket", "2": "a young woman with brown curls, light dress"}
@@ -266,6 +277,24 @@ def test_a_captioner_may_see_the_film_itself(command, folder, tmp_path):
     numbers = {f"shot-{i + 1}-frame-{k + 1}.png": 9 * i + k for i in range(3) for k in range(5)}
     assert seen.keys() == numbers.keys()
     assert all(abs(int(np.median(x)) - 10 * numbers[n]) <= 3 and x.shape == (64, 96, 3) for n, x in seen.items())
+
+
+def test_scenes_of_a_film_are_described_in_its_order_and_only_once(command, folder, tmp_path):
+    """Nothing of a scene that has prompts is written, and one that is named itself is described again."""
+    frames = np.zeros((23, 64, 96, 3), np.uint8)
+    write_video(tmp_path / "ship.mp4", frames, 1.0)
+    root = tmp_path / "scenes"
+    scene = read_scene(folder)
+    for i, name in enumerate(("b", "a", "c")):
+        shutil.copytree(folder, root / name)
+        shots = tuple(replace(s, frames=(6 * i + 2 * k, 6 * i + 2 * k + 2)) for k, s in enumerate(scene.shots))
+        rewrite_scene(root / name, replace(scene, shots=shots))
+    done = caption(root / "a", command(f"print({good()!r})"))
+    again = command(f"print({good().replace('Medium shot', 'Wide shot')!r})")
+    assert [(f.name, now) for f, now in caption_all(root, again, tmp_path)] == [("b", True), ("a", False), ("c", True)]
+    assert read_scene(root / "a") == done and read_scene(root / "c").shots[0].prompt.startswith("Wide")
+    assert list(caption_all(root / "a", again)) == [(root / "a", True)]
+    assert read_scene(root / "a").shots[0].prompt.startswith("Wide")
 
 
 def test_a_captioner_is_not_shown_another_film(command, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from test_reliability import log, of_folder, scenes
 
 from lct.cli import main
-from lct.data.folder import SceneFolder
+from lct.data.folder import SceneFolder, scene_folders
 from lct.data.scenefile import read_scene, rewrite_scene
 from lct.data.shards import MANIFEST, SceneShards, write_shards
 from lct.pretrained.features import TEXT, FeatureTable, prompts_of, write_features
@@ -55,6 +56,28 @@ def test_samples_are_those_of_the_folders(folder, packed):
             equal(*(source.sample(kind, np.random.default_rng(seed)) for source in (ours, theirs)))
     parts = [source.sample("no_cut", np.random.default_rng(3), 2) for source in (ours, theirs)]
     equal(*parts)
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\v"])
+def test_prompts_may_hold_what_ends_lines_elsewhere(folder, tmp_path, end):
+    path = sorted(folder.iterdir())[0]
+    scene = read_scene(path)
+    said = replace(scene.shots[0], prompt=f"A ship{end}sails.")
+    rewrite_scene(path, replace(scene, shots=(said, *scene.shots[1:])))
+    packed = SceneShards(write_shards(folder, tmp_path / "packed"))
+    assert sorted(packed.scenes, key=str) == sorted(SceneFolder(folder).scenes, key=str)
+
+
+def test_scenes_are_found_behind_links_and_not_in_unfinished_folders(folder, tmp_path):
+    first, *others = scene_folders(folder)
+    (tmp_path / "mix" / "one").mkdir(parents=True)
+    (tmp_path / "mix" / "two").symlink_to(folder)
+    (tmp_path / "mix" / "two" / "round").symlink_to(tmp_path / "mix")  # without end
+    shutil.copytree(first, tmp_path / "mix" / ".scene.tmp")
+    (tmp_path / "mix" / ".scene.tmp" / TEXT).write_bytes(b"cut off")
+    found = scene_folders(tmp_path / "mix")
+    assert [path.name for path in found] == [path.name for path in (first, *others)]
+    FeatureTable(tmp_path / "mix").check([""])
 
 
 def test_text_is_that_of_the_folders(folder, packed):
@@ -125,6 +148,21 @@ def test_a_damaged_manifest_is_named_by_its_line(packed):
         with pytest.raises(ValueError, match=r"manifest\.jsonl: line 3: damaged"):
             SceneShards(packed)
     told = json.loads(lines[2])
+    key = next(iter(told["latents"]))
+    entries = [
+        5,
+        [5, [2], 0],
+        ["../a.safetensors", [2], 0],
+        ["a", "abc", 0],
+        ["a", [2.5], 0],
+        ["a", [2]],
+        ["a", [2], "0"],
+    ]
+    wrong = [{"latents": told["latents"] | {key: entry}} for entry in entries]
+    for change in ({"scene": 5}, {"file": 5}, {"latents": 5}, {"text": []}, *wrong):
+        file.write_text("\n".join([*lines[:2], json.dumps(told | change), *lines[3:]]))
+        with pytest.raises(ValueError, match=r"manifest\.jsonl: line 3: damaged"):
+            SceneShards(packed)
     told["latents"] = {}
     file.write_text("\n".join([*lines[:2], json.dumps(told), *lines[3:]]))
     with pytest.raises(ValueError, match="no latents; pack the scenes again"):

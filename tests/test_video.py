@@ -1,12 +1,16 @@
 """Video files in and out, and what strangers may hand in instead of a video."""
 
+import io
+import struct
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lct.data.atomic import new_file, new_folder
-from lct.data.video import CONTAINERS, iterate_video, read_stills, read_video, write_video
+from lct.data.video import CONTAINERS, Stills, iterate_video, read_video, write_video
 
 av = pytest.importorskip("av", reason="needs PyAV: pip install -e '.[video]'")
 
@@ -19,16 +23,25 @@ def moving(frames=20, height=48, width=64):
     return np.stack([np.roll(smooth, i, 1) for i in range(frames)]).astype(np.uint8)
 
 
-def mux(path, form, codec="libx264", frames=None, rotation=0, coded=None, **options):
-    """Write a film with any container and codec, as other programs would; `coded` holds the codec's options."""
+def mux(path, form, codec="libx264", frames=None, rotation=0, coded=None, aspect=None, times=None, **options):
+    """Write a film with any container and codec, as other programs would.
+
+    coded   options of the codec
+    aspect  of its pixels, width over height
+    times   of its frames, in 25ths of a second
+    """
     frames = moving() if frames is None else frames
     with av.open(str(path), "w", format=form, options=options) as container:
         stream = container.add_stream(codec, rate=25, options=coded)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation)
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = i if times is None else times[i], Fraction(1, 25)
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
 
@@ -107,15 +120,81 @@ def test_iterating_gives_the_same_frames_resized_while_decoding(tmp_path):
 )  # fmt: skip
 @pytest.mark.parametrize("coded", [{}, {"bf": "2", "g": "50"}])
 def test_stills_are_the_films_frames(tmp_path, name, form, codec, coded):
-    """Wherever a container's seek lands, and however few of a film's pictures it can begin from."""
+    """However few of a film's pictures it can begin from, and back again."""
     path = mux(tmp_path / name, form, codec, moving(120, width=128), coded=coded)
     film = read_video(path).frames
-    for n in range(len(film)):
-        numbers = sorted({n, min(n + 3, len(film) - 1), len(film) - 1 - n % 7} - set(range(n)))
-        assert all(np.array_equal(x, film[i]) for i, x in zip(numbers, read_stills(path, numbers), strict=True)), n
-    assert read_stills(path, []) == []
+    stills = Stills()
+    for numbers in ([0, 3, 119], [4, 5], [90], [90, 91], [], [118, 119]):
+        assert all(np.array_equal(x, film[i]) for i, x in zip(numbers, stills.of(path, numbers), strict=True)), numbers
     with pytest.raises(ValueError, match="expected a frame 120, the film ends before"):
-        read_stills(path, [100, 120])
+        stills.of(path, [100, 120])
+    assert np.array_equal(stills.of(path, [7])[0], film[7])
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.mp4", "mp4"), ("a.mkv", "matroska"), ("a.ts", "mpegts")])
+def test_frames_keep_their_numbers_however_unevenly_they_are_spaced(tmp_path, name, form):
+    """As a phone's films are; with a gap, and beginning late."""
+    times = [100 + i * (1 if i < 20 else 3) + (50 if i > 40 else 0) for i in range(60)]
+    path = mux(tmp_path / name, form, frames=moving(60), times=times)
+    film, numbers = read_video(path).frames, [0, 19, 21, 40, 41, 59]
+    assert len(film) == 60
+    assert all(np.array_equal(x, film[i]) for i, x in zip(numbers, Stills().of(path, numbers), strict=True))
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.mp4", "mp4"), ("a.mkv", "matroska"), ("a.avi", "avi")])
+def test_a_film_that_begins_late_is_whole_until_it_is_cut_off(tmp_path, name, form):
+    late = [i + 30 for i in range(100)]
+    path = mux(tmp_path / name, form, "mpeg4", moving(100, 96, 128), times=late, coded={"g": "10"})
+    assert len(read_video(path).frames) == 100
+    if form != "mp4":  # whose index goes first
+        refused(truncate(path, 0.7), "truncated or damaged")
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.mp4", "mp4"), ("a.mkv", "matroska"), ("a.ts", "mpegts")])
+def test_films_of_wide_pixels_are_read_with_square_ones(tmp_path, name, form):
+    """PAL at 16 : 9, and what a stranger might write."""
+    frames = moving(4, 144, 176)
+    wide = mux(tmp_path / name, form, frames=frames, aspect=Fraction(16, 11))
+    asked = []
+    assert read_video(wide).frames.shape == (4, 144, 256, 3)
+    read_video(wide, resize=lambda height, width: asked.append((height, width)) or (height, width))
+    assert set(asked) == {(144, 256)}
+    assert read_video(mux(tmp_path / f"b{name}", form, frames=frames, aspect=Fraction(900, 1))).frames.shape[2] == 176
+
+
+def test_a_cover_is_not_taken_for_the_film(tmp_path):
+    """FFmpeg lists it as the first video stream where the file names it first."""
+    plain = mux(tmp_path / "plain.mp4", "mp4").read_bytes()
+    jpeg = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(jpeg, "JPEG")
+
+    def box(kind, content):
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    def boxes(content):
+        while content:
+            size = struct.unpack(">I", content[:4])[0]
+            yield content[4:8], content[8:size]
+            content = content[size:]
+
+    cover = box(b"covr", box(b"data", struct.pack(">II", 13, 0) + jpeg.getvalue()))
+    handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    udta = box(b"udta", box(b"meta", bytes(4) + handler + box(b"ilst", cover)))
+    parts = list(boxes(plain))
+    index = [box(*part) for part in boxes(dict(parts)[b"moov"]) if part[0] != b"udta"]
+    rest = b"".join(box(*part) for part in parts if part[0] != b"moov")
+    (tmp_path / "cover.mp4").write_bytes(rest + box(b"moov", b"".join([index[0], udta, *index[1:]])))
+    with av.open(str(tmp_path / "cover.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "mjpeg"
+    assert len(read_video(tmp_path / "cover.mp4").frames) == 20
+
+
+def test_a_folder_behind_a_link_is_filled(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with new_folder(tmp_path / "link") as temporary:
+        (temporary / "a").touch()
+    assert (tmp_path / "there" / "a").is_file() and (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize("degrees", [90, 180, -90])

@@ -55,7 +55,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Raises ValueError when `path` exists and is not an empty folder.
     """
-    path = check_vacant(path)
+    path = check_vacant(path).resolve()  # behind a link
     temporary = _beside(path)
     temporary.mkdir(parents=True)
     try:

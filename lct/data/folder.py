@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -167,11 +168,22 @@ class SceneFolder(StoredScenes):
         super().__init__(Path(root), scenes, shots, max_shots)
 
 
+def whole_files(root: Path, name: str) -> list[Path]:
+    """The files of this name under `root`, at any depth and through links; but not in a folder that has a leading dot,
+    which its writer did not finish."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        above = {path.resolve() for path in (Path(folder), *Path(folder).parents)}
+        whole = [Path(folder) / f for f in folders if f[0] != "."]
+        # a link to what it lies in would have no end
+        folders[:] = [path.name for path in whole if not (path.is_symlink() and path.resolve() in above)]
+        found += [Path(folder) / name] if name in files else []
+    return sorted(found)
+
+
 def scene_folders(root: Path) -> list[Path]:
     """The folders of scenes under `root`, at any depth; FileNotFoundError where there is none."""
-    # a name with a leading dot is a folder that its writer did not finish
-    found = [path.parent for path in root.rglob(SCENE)]
-    folders = sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(root).parts))
+    folders = [file.parent for file in whole_files(root, SCENE)]
     if not folders:
         raise FileNotFoundError(f"{root}: expected folders that hold {SCENE}, found none; make some with lct ingest")
     return folders

@@ -233,6 +233,10 @@ def encode_shots(
                 frames[i] = frame
             if i == shot.span[1] - 1:
                 break
+        if wanted - frames.keys():
+            raise ValueError(
+                f"{path}: expected a frame {min(wanted - frames.keys())}, the film ends before; is it another film?"
+            )
         video = codec.encode(np.stack([frames[i] for i in shot.video]))
         images = codec.encode_images(np.stack([frames[i] for i in shot.images]))
         yield shot, video.numpy(), images.numpy()

@@ -24,8 +24,18 @@ from subprocess import PIPE, Popen, TimeoutExpired
 import numpy as np
 from PIL import Image
 
-from lct.data.scenefile import GlobalPrompt, SceneFile, ShotEntry, load_shot, parse_scene, read_scene, rewrite_scene
-from lct.data.video import film_fps, read_stills, spread
+from lct.data.folder import scene_folders
+from lct.data.scenefile import (
+    SCENE,
+    GlobalPrompt,
+    SceneFile,
+    ShotEntry,
+    load_shot,
+    parse_scene,
+    read_scene,
+    rewrite_scene,
+)
+from lct.data.video import Stills, film_fps, spread
 
 Checked = tuple[SceneFile, list[str]]
 Shown = tuple[float | None, list[np.ndarray]]  # seconds of a shot, and some of its frames
@@ -208,13 +218,36 @@ def _listen(process: Popen, timeout: float) -> tuple[bytes, bytes, str]:
     return answer, words, late if code is None else f"exit code {code}" if code else ""
 
 
-def caption(folder: str | Path, command: Sequence[str], tries: int = 3, films: str | Path | None = None) -> SceneFile:
+def caption_all(root: Path, command: Sequence[str], films: Path | None = None) -> Iterator[tuple[Path, bool]]:
+    """Let a command describe every scene under `root` that has no prompts, or `root` itself, a scene, in any case; see
+    `caption`. Yields each folder, in the order of their films, and whether it was described now."""
+    if (root if root.is_file() else root / SCENE).is_file():
+        caption(root, command, films=films)
+        yield root, True
+        return
+    read = {folder: read_scene(folder) for folder in scene_folders(root)}
+    stills = Stills(resize=_small)
+    for folder in sorted(read, key=lambda f: (read[f].source or "", read[f].shots[0].frames or (0, 0), f)):
+        described = all(shot.prompt.strip() for shot in read[folder].shots)
+        if not described:
+            caption(folder, command, films=films, stills=stills)
+        yield folder, not described
+
+
+def caption(
+    folder: str | Path,
+    command: Sequence[str],
+    tries: int = 3,
+    films: str | Path | None = None,
+    stills: Stills | None = None,
+) -> SceneFile:
     """Let a command describe the shots of a scene folder from a few frames of each, and write the prompts into it.
 
     folder   with latents, as `ingest` makes it; only prompts and the global prompt of its scene file change
     tries    how often the command is asked; each time but the first with its last answer and what is wrong with it
     films    folder of the film that the scene was cut from: frames then come from there, sharp, one a second, 3 to 8 of
              a shot; else three a shot come from its latents, as small as these are
+    stills   that went through earlier scenes of the film
 
     Returns the new scene. Raises what `ask` raises, and ValueError for a shot without latents, or without frames of a
     film, and where the last answer is still wrong; the file is then as it was.
@@ -229,7 +262,7 @@ def caption(folder: str | Path, command: Sequence[str], tries: int = 3, films: s
 
     with tempfile.TemporaryDirectory() as temporary:
         files, lines = [], []
-        shown = _of_latents(folder, scene) if films is None else _of_film(Path(films), folder, scene)
+        shown = _of_latents(folder, scene) if films is None else _of_film(Path(films), folder, scene, stills)
         for i, (shot, (seconds, frames)) in enumerate(zip(scene.shots, shown, strict=True)):
             names = [f"shot-{i + 1}-frame-{k + 1}.png" for k in range(len(frames))]
             for name, frame in zip(names, frames, strict=True):
@@ -252,20 +285,20 @@ def _of_latents(folder: Path, scene: SceneFile) -> Iterator[Shown]:
         yield (len(latents) / scene.fps if scene.fps else None), list(frames)
 
 
-def _of_film(films: Path, folder: Path, scene: SceneFile) -> Iterator[Shown]:
+def _small(height: int, width: int) -> tuple[int, int]:
+    scale = min(1.0, SIDE / max(height, width))
+    return round(height * scale), round(width * scale)
+
+
+def _of_film(films: Path, folder: Path, scene: SceneFile, stills: Stills | None) -> Iterator[Shown]:
     if scene.source is None or any(shot.frames is None for shot in scene.shots):
         raise ValueError(f"{folder}: expected a scene that lct ingest cut from a film, got one without frames")
-    film = films / scene.source
+    film, stills = films / scene.source, stills or Stills(resize=_small)
     rate = film_fps(film)
-
-    def smaller(height: int, width: int) -> tuple[int, int]:
-        scale = min(1.0, SIDE / max(height, width))
-        return round(height * scale), round(width * scale)
-
     spans = [shot.frames for shot in scene.shots if shot.frames is not None]
     for start, end in spans:
         count = min(max(round((end - start) / rate), FRAMES), MOST_FRAMES)
-        yield (end - start) / rate, read_stills(film, spread((start, end), count), resize=smaller)
+        yield (end - start) / rate, stills.of(film, spread((start, end), count))
 
 
 def plan(idea: str, command: Sequence[str], shots: int, size: tuple[int, int, int], tries: int = 3) -> SceneFile:

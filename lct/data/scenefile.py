@@ -37,14 +37,14 @@ from safetensors.numpy import save_file
 from lct.data.atomic import new_file, new_folder
 from lct.data.scenes import SHOT_CUT, SceneSample, ShotSample
 from lct.data.stored import Stored
-from lct.data.table import REQUIRED, Table, is_flag, is_integer, is_integers, is_positive, is_text
+from lct.data.table import REQUIRED, Table, is_file_name, is_flag, is_integer, is_integers, is_positive, is_text
 
 SCENE, LATENTS = "scene.toml", "latents.safetensors"
 MAX_SHOTS = 9  # of a scene in training (§ 4)
 MOST_SHOTS = 1000  # of a file: a director's scene may be long
 MAX_BYTES = 1 << 20
 HAND_TYPED_CUT = re.compile(r"\[\s*shot\s*cut\s*\]", re.IGNORECASE)
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 SEES = re.compile(r"all|(recent|relevant):[1-9][0-9]{0,3}")
 
 
@@ -232,8 +232,12 @@ def _scene(table: Table) -> SceneFile:
     return SceneFile(
         global_prompt=None if shared is None else _global_prompt(shared),
         shots=tuple(_shot(shot, i, len(shots)) for i, shot in enumerate(shots, 1)),
-        fps=table.take("fps", is_positive, "frames per second, above 0", "write for example fps = 8.0", None),
-        source=table.take("source", is_text, "the film's name", 'write for example source = "film.mp4"', None),
+        fps=table.take(
+            "fps", is_positive, "frames per second, above 0 and at most 1e6", "write for example fps = 8.0", None
+        ),
+        source=table.take(
+            "source", is_file_name, "the film's name alone", 'write for example source = "film.mp4"', None
+        ),
         codec=table.take("codec", is_text, "a codec's name", 'write for example codec = "pixel/8"', None),
     )
 

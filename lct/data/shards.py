@@ -23,6 +23,7 @@ from lct.data.folder import StoredScenes, scene_folders
 from lct.data.scenefile import LATENTS, MAX_SHOTS, SCENE, SceneFile, media_of, parse_scene, read_scene
 from lct.data.scenes import ShotSample
 from lct.data.stored import Damaged, Stored
+from lct.data.table import is_file_name, is_integer, is_text
 
 MANIFEST, TEXT = "manifest.jsonl", "text.safetensors"
 SHARD = 1 << 30  # bytes of tensors after which the next shard is begun
@@ -147,15 +148,28 @@ def read_manifest(root: Path) -> list[dict[str, Any]]:
     file, lines = root / MANIFEST, []
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; pack scenes with lct pack")
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             values = json.loads(line)
             if not isinstance(values, dict) or ("scene" in values and not {"file", "latents"} <= values.keys()):
                 raise ValueError("expected a scene with file and latents")
+            if not all(is_text(values.get(key, "")) for key in ("scene", "file")):
+                raise ValueError("scene, file: expected text")
+            for key in ("latents", "text"):
+                if not _is_entries(values.get(key, {})):
+                    raise ValueError(f"{key}: expected a shard, a shape and a CRC-32 of each tensor")
         except ValueError as error:
             raise ValueError(f"{file}: line {number}: damaged ({error}); pack the scenes again") from None
         lines.append(values)
     return lines
+
+
+def _is_entries(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(entry, list) and len(entry) == 3 and is_file_name(entry[0]) and is_integer(entry[2])
+        and isinstance(entry[1], list) and all(map(is_integer, entry[1]))
+        for entry in values.values()
+    )  # fmt: skip
 
 
 def read_packed(root: Path, name: str, entry: Entry) -> Tensor:

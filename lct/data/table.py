@@ -15,6 +15,11 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def is_file_name(value: Any) -> bool:
+    """A name without folders: files of strangers name nothing elsewhere."""
+    return is_text(value) and value not in ("", ".", "..") and not {"/", "\\", "\0"} & set(value)
+
+
 def is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -25,7 +30,8 @@ def is_integer(value: Any, least: int = 0) -> bool:
 
 
 def is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    """A number above 0, and no larger than anything that is counted here."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e6
 
 
 def is_integers(count: int, least: int) -> Callable[[Any], bool]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,13 +22,14 @@ CONTAINERS = {
 }  # fmt: skip
 MAX_PIXELS = 4096 * 2304
 MAX_BYTES = 2 << 30
+DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")  # Matroska's tag, such as 00:00:01.600000000
 
 Resize = Callable[[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
 class Film:
-    """frames uint8 [N, H, W, 3] in RGB, taken as evenly spaced, `fps` of them in a second."""
+    """frames uint8 [N, H, W, 3] in RGB with square pixels, taken as evenly spaced, `fps` of them in a second."""
 
     frames: np.ndarray
     fps: float
@@ -68,51 +70,36 @@ def iterate_video(
         yield from _pictures(path, container, stream, resize)
 
 
-def read_stills(
-    path: str | Path, numbers: Sequence[int], *, max_pixels: int = MAX_PIXELS, resize: Resize | None = None
-) -> list[np.ndarray]:
-    """Some frames of a film by their numbers, which rise; uint8 [H, W, 3]. Decoded is from a whole picture before the
-    first to the last; of an avi, whose times are not those of its frames, all before the last.
+class Stills:
+    """Frames of films by their numbers, as `iterate_video` counts them, in whatever file: a seek by time would find
+    others where frames are spaced unevenly, and where a file begins within pictures that need others before them.
 
-    They are found by their times, as those of a film of an even rate: in others they are near what was asked for.
-    ValueError where the film ends before.
+    One film is decoded at a time, on from the last frame asked for while numbers rise, else from its beginning.
     """
-    if not numbers:
-        return []
-    # containers may seek to behind what is asked for, or to within pictures that cannot be decoded from there
-    for earlier in (0.0, 10.0, 60.0, math.inf):
-        with _opened(path, max_pixels) as (container, stream):
-            numbered = _numbered(container, stream, float(_rate(path, stream)), numbers[0], earlier)
-            found = _stills(numbered, numbers, resize)
-        if len(found) == len(numbers):
-            return found
-    raise ValueError(f"{path}: expected a frame {numbers[len(found)]}, the film ends before; is it another film?")
 
+    def __init__(self, max_pixels: int = MAX_PIXELS, resize: Resize | None = None):
+        self.max_pixels, self.resize = max_pixels, resize
+        self._path: Path | None = None
+        self._frames: Iterator[Any] = iter(())
+        self._next = 0
 
-def _numbered(container: Any, stream: Any, rate: float, first: int, earlier: float) -> Iterator:
-    """Frames and their numbers, from so many seconds or more before the first; none where that cannot be."""
-    if earlier == math.inf or container.format.name == "avi":
-        yield from enumerate(container.decode(stream))
-        return
-    start = float((stream.start_time or 0) * stream.time_base)
-    container.seek(int((start + max(first / rate - earlier, 0.0)) / stream.time_base), stream=stream)
-    for i, frame in enumerate(container.decode(stream)):
-        if frame.time is None:
-            return
-        number = round((frame.time - start) * rate)
-        if i == 0 and number > first:
-            return
-        yield number, frame
+    def of(self, path: str | Path, numbers: Iterable[int]) -> list[np.ndarray]:
+        """uint8 [H, W, 3] of each of these frames. ValueError where the film ends before; what `read_video` raises."""
+        found = []
+        for number in numbers:
+            if Path(path) != self._path or number < self._next:
+                self._path, self._frames, self._next = Path(path), self._decoded(Path(path)), 0
+            picture = next(islice(self._frames, number - self._next, None), None)
+            if picture is None:
+                self._path = None
+                raise ValueError(f"{path}: expected a frame {number}, the film ends before; is it another film?")
+            found.append(picture.upright(self.resize))
+            self._next = number + 1
+        return found
 
-
-def _stills(numbered: Iterator, numbers: Sequence[int], resize: Resize | None) -> list[np.ndarray]:
-    found: list[np.ndarray] = []
-    for now, frame in numbered:
-        while len(found) < len(numbers) and now >= numbers[len(found)]:
-            found.append(_upright(frame, round(frame.rotation / 90) % 4, resize))
-        if len(found) == len(numbers):
-            break
-    return found
+    def _decoded(self, path: Path) -> Iterator[_Picture]:
+        with _opened(path, self.max_pixels) as (container, stream):
+            yield from _decoded(path, container, stream)
 
 
 def spread(span: tuple[int, int], count: int) -> list[int]:
@@ -167,7 +154,7 @@ def video_package(name: str) -> Any:
 
 @contextmanager
 def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; FFmpeg's errors leave as one-line ValueErrors that name the file."""
+    """The container and its first film; FFmpeg's errors leave as one-line ValueErrors that name the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a video file, found {'a folder' if path.is_dir() else 'nothing'}")
@@ -180,9 +167,10 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[Any, Any]]:
         # resolve(): a relative name such as "http:x.mp4" would be taken for an address
         name, form = str(path.resolve()), CONTAINERS[path.suffix.lower()]
         with av.open(name, format=form, options={"protocol_whitelist": "file"}) as container:
-            if not container.streams.video:
+            cover = av.stream.Disposition.attached_pic  # is a video stream to FFmpeg
+            stream = next((s for s in container.streams.video if cover not in s.disposition), None)
+            if stream is None:
                 raise ValueError(f"{path}: expected a video stream, got none; is it sound alone, or cut off?")
-            stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise ValueError(f"{path}: expected a codec that FFmpeg knows, got another; convert it to H.264")
             _check_pixels(path, stream.codec_context, max_pixels)
@@ -210,14 +198,43 @@ def _rate(path: str | Path, stream: Any) -> Fraction:
     return rate
 
 
+class _Picture(NamedTuple):
+    """A decoded frame.
+
+    turns   quarter turns that set it upright: the display matrix of a phone's film
+    aspect  width of its pixels over their height
+    """
+
+    frame: Any
+    turns: int
+    aspect: Fraction
+
+    def upright(self, resize: Resize | None) -> np.ndarray:
+        """uint8 [H, W, 3] in RGB, with square pixels."""
+        height, width = self.frame.height, round(self.frame.width * self.aspect)
+        height, width = (width, height) if self.turns % 2 else (height, width)
+        height, width = resize(height, width) if resize else (height, width)
+        height, width = (width, height) if self.turns % 2 else (height, width)
+        picture = self.frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+        return np.ascontiguousarray(np.rot90(picture, self.turns))
+
+
 def _pictures(path: str | Path, container: Any, stream: Any, resize: Resize | None) -> Iterator[np.ndarray]:
-    """Decode upright RGB frames of one size; ValueError where there are none, or fewer than the container declares."""
+    for picture in _decoded(path, container, stream):
+        yield picture.upright(resize)
+
+
+def _decoded(path: str | Path, container: Any, stream: Any) -> Iterator[_Picture]:
+    """Decode frames of one size; ValueError where there are none, or fewer than the container declares."""
     first, count, end = None, 0, 0.0
+    ratio = stream.sample_aspect_ratio
+    aspect = ratio if ratio and 0.25 <= ratio <= 4 else Fraction(1)
     for frame in container.decode(stream):
-        # the display matrix of a phone's film turns its frames by a multiple of 90 degrees
         turns = round(frame.rotation / 90) % 4
         if first is None:
             first, start = (frame.width, frame.height, turns), frame.time or 0.0
+            if container.format.name.startswith("matroska"):  # what it declares begins at 0, however late this one is
+                start = min(start, 0.0)
         if (frame.width, frame.height, turns) != first:
             raise ValueError(
                 f"{path}: expected all frames {first[0]}x{first[1]}, got {frame.width}x{frame.height} at frame "
@@ -225,11 +242,11 @@ def _pictures(path: str | Path, container: Any, stream: Any, resize: Resize | No
             )
         count += 1
         end = (frame.time or 0.0) - start + float((frame.duration or 0) * frame.time_base)
-        yield _upright(frame, turns, resize)
+        yield _Picture(frame, turns, aspect)
     rate, declared = float(_rate(path, stream)), _declared_seconds(container, stream)
     slack = max(2 / rate, 0.01 * declared)
-    # an edit list hides frames that the container counts: of its two figures the smaller holds
-    counted = min(stream.frames / rate, declared)
+    # an edit list hides frames that the container counts: of its two figures the smaller holds; avi counts gaps, too
+    counted = min(stream.frames / rate, declared) if container.format.name != "avi" else 0.0
     if count == 0 or end < declared - slack or count / rate < counted - slack:
         raise ValueError(
             f"{path}: expected the {declared:.2f} s that the container declares, got {count} frames, {end:.2f} s; "
@@ -237,21 +254,12 @@ def _pictures(path: str | Path, container: Any, stream: Any, resize: Resize | No
         )
 
 
-def _upright(frame: Any, turns: int, resize: Resize | None) -> np.ndarray:
-    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    height, width = resize(height, width) if resize else (height, width)
-    if turns % 2:
-        height, width = width, height
-    picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-    return np.ascontiguousarray(np.rot90(picture, turns))
-
-
 def _declared_seconds(container: Any, stream: Any) -> float:
     """The stream's length as its header has it, which a truncation leaves as it was; 0 where none is written."""
     if stream.frames and container.format.name == "avi":
         return float(stream.frames / stream.average_rate)
-    if "DURATION" in stream.metadata:  # Matroska's tag, such as 00:00:01.600000000
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+    if tag := DURATION.fullmatch(stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = tag.groups()
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
     if stream.duration:
         return float(stream.duration * stream.time_base)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from lct.data.atomic import new_folder
 from lct.data.folder import scene_folders
-from lct.data.ingest import ShotFrames, encode_shots, shot_frames
+from lct.data.ingest import ShotFrames, encode_shots, fit, shot_frames
 from lct.data.scenefile import SceneFile, ShotEntry, read_scene, write_scene
-from lct.data.video import film_fps, video_package
+from lct.data.video import film_fps, iterate_video, video_package
 from lct.pretrained.features import TEXT, prompts_of, read_features, write_features
 from lct.pretrained.pipeline import Pipeline
 from lct.progress import counting
@@ -41,6 +41,8 @@ def encode(
     for scenes that no film was cut into, and for shots longer than `max_frames` that another goes on from.
     """
     video_package("av")
+    if out.resolve().is_relative_to(scenes.resolve()):
+        raise ValueError(f"out: expected a folder beside {scenes}, got {out}, whose scenes would be encoded again")
     read = {folder: read_scene(folder) for folder in scene_folders(scenes)}
     for folder, scene in read.items():
         if scene.source is None or any(shot.frames is None for shot in scene.shots):
@@ -48,9 +50,15 @@ def encode(
         if not (films / scene.source).is_file():
             raise FileNotFoundError(f"{films / scene.source}: no such film, though {folder} was cut from it")
     steps = {source: _step(films / source, fps) for source in {str(scene.source) for scene in read.values()}}
-    left = {f: s for f, s in read.items() if not _is_finished(out / f.relative_to(scenes), s, pipeline, fps)}
-    strides = {f: (steps[str(s.source)], pipeline.codec.time_stride) for f, s in left.items()}
-    plans = {f: _plans(f, s, max_frames, *strides[f]) for f, s in left.items()}
+    codec = pipeline.codec
+    multiple = codec.stride * max(pipeline.config.patch[1:])
+    plans = {f: _plans(f, s, max_frames, steps[str(s.source)], codec.time_stride) for f, s in read.items()}
+    areas = {source: _area(films / source, side, multiple, codec.stride) for source in steps}
+    left = {}
+    for folder, scene in read.items():
+        video = [(*areas[str(scene.source)], plan.span) for plan in plans[folder]]
+        if not _is_finished(out / folder.relative_to(scenes), scene, video, codec.name, fps):
+            left[folder] = scene
     out.mkdir(parents=True, exist_ok=True)
     if left or not (out / TEXT).is_file():
         _write_null(out, pipeline)
@@ -60,8 +68,6 @@ def encode(
     with counting("encode", len(read), len(read) - len(left)) as advance:
         for group in _passes(left):
             source = str(left[group[0]].source)
-            codec = pipeline.codec
-            multiple = codec.stride * max(pipeline.config.patch[1:])
             media = encode_shots(films / source, [plan for f in group for plan in plans[f]], codec, side, multiple)
             for folder in group:
                 target = out / folder.relative_to(scenes)
@@ -111,6 +117,11 @@ def _plans(folder: Path, scene: SceneFile, most: int, step: float, time_stride: 
     last = -1
     for i, shot in enumerate(scene.shots):
         start, end = _span(shot)
+        if start < last:
+            raise ValueError(
+                f"{folder}: shot {i + 1}: expected frames from {last} on, where shot {i} ends, got {[start, end]}; "
+                "put the shots in the film's order, or into scenes of their own"
+            )
         if not shot.cut and start == last:
             start = plans[-1].span[1]
             if (lost := (last - start) / step) >= time_stride:
@@ -142,15 +153,30 @@ def _span(shot: ShotEntry) -> tuple[int, int]:
     return shot.frames
 
 
-def _is_finished(folder: Path, scene: SceneFile, pipeline: Pipeline, fps: float) -> bool:
-    """Whether a scene is encoded; ValueError where something else of it is."""
+def _is_finished(folder: Path, scene: SceneFile, video: list, codec: str, fps: float) -> bool:
+    """Whether a scene is encoded, with these heights, widths and frames of its shots; ValueError where something else
+    of it is."""
     if not (folder / TEXT).is_file():
         return False
-    there, name = read_scene(folder), pipeline.codec.name
-    same = [(s.prompt, s.cut) for s in there.shots] == [(s.prompt, s.cut) for s in scene.shots]
-    if not same or (there.global_prompt, there.codec, there.fps) != (scene.global_prompt, name, fps):
-        raise ValueError(f"{folder}: was encoded with other prompts, another pipeline or fps; remove it to encode anew")
+    there = read_scene(folder)
+    found = [(*(shot.size or (0, 0, 0))[1:], shot.frames) for shot in there.shots]
+    prompts = [[(shot.prompt, shot.cut) for shot in s.shots] for s in (there, scene)]
+    own, asked = (
+        (there.source, there.global_prompt, there.codec, there.fps),
+        (scene.source, scene.global_prompt, codec, fps),
+    )
+    if prompts[0] != prompts[1] or found != video or own != asked:
+        raise ValueError(
+            f"{folder}: was encoded with other prompts, frames, sizes, fps, another film or another pipeline; remove "
+            "it to encode it anew"
+        )
     return True
+
+
+def _area(film: Path, side: int, multiple: int, stride: int) -> tuple[int, int]:
+    """Height and width of latents."""
+    first = next(iterate_video(film, resize=lambda height, width: fit(height, width, side, multiple)))
+    return first.shape[0] // stride, first.shape[1] // stride
 
 
 def _step(film: Path, fps: float) -> float:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lct.data.atomic import new_file
+from lct.data.folder import whole_files
 from lct.data.scenefile import SceneFile
 from lct.data.scenes import shot_prompt, single_prompt
 from lct.data.shards import TEXT, Entry, is_packed, read_manifest, read_packed
@@ -47,7 +48,7 @@ class FeatureTable:
             for line in read_manifest(self.root):
                 self._packed |= line.get("text", {})
         else:
-            for file in sorted(self.root.rglob(TEXT)):
+            for file in whole_files(self.root, TEXT):
                 self._files |= dict.fromkeys(_names(file), file)
         if not self._files and not self._packed:
             raise FileNotFoundError(f"{self.root}: expected {TEXT} of encoded scenes, found none; run lct encode first")

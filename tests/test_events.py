@@ -5,8 +5,9 @@ from itertools import accumulate, cycle, islice
 
 import numpy as np
 import pytest
+from toy_film import toy_film
 
-from lct.data.toy import PRESETS, ToyScenes, ToyTruth, toy_film
+from lct.data.toy import PRESETS, ToyScenes, ToyTruth
 
 pytest.importorskip("cv2", reason="needs OpenCV: pip install -e '.[video]'")
 

@@ -5,12 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from film import CUTS, fetch_film
+from toy_film import toy_film
 
 from lct.data.folder import SceneFolder
 from lct.data.ingest import find_cuts, fit, group_scenes, ingest
 from lct.data.latents import PixelCodec
 from lct.data.scenefile import GlobalPrompt, load_sample, read_scene
-from lct.data.toy import ToyScenes, toy_film
+from lct.data.toy import ToyScenes
 from lct.data.video import read_video, write_video
 
 pytest.importorskip("av", reason="needs PyAV: pip install -e '.[video]'")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy_film import toy_film
 
 import lct.data.readout
 import lct.data.toy
@@ -24,7 +25,6 @@ from lct.data.toy import (
     sky_rows,
     step,
     to_frames,
-    toy_film,
 )
 
 COLOURS = {

@@ -81,6 +81,7 @@ class Board:
     branch: str = "main"
     action: str = "begin"
     turn: int = 0  # of actions so far; one that makes several takes leaves as many boards with the same turn
+    named: int = 0  # of the newest name, in whatever branch
     key: str = ""  # of this board alone, so that who acts on it can tell whether it still stands
 
     @classmethod
@@ -110,6 +111,12 @@ class Board:
         """Where the card called `name` stands; None where it was removed."""
         return next((i for i, card in enumerate(self.cards) if card.name == name), None)
 
+    def place(self, name: str) -> int:
+        """The same; ValueError where somebody removed it."""
+        if (index := self.index(name)) is None:
+            raise ValueError(f"{name} is no longer on the board; look again")
+        return index
+
     def with_card(self, index: int, action: str, **changes: Any) -> Board:
         """The board after an action on one card."""
         card = replace(self.cards[index], **changes)
@@ -128,6 +135,9 @@ class Board:
 
     def circle(self) -> int | None:
         """A shot that sees itself through others, or None: such shots would make each other stale for ever."""
+        chosen = [i for i, card in enumerate(self.cards) if isinstance(card.sees, tuple)]
+        if not any(other > i for i in chosen for other in self.seen(i)):  # all look back
+            return None
         finished: set[int] = set()
 
         def reaches_itself(index: int, path: frozenset[int]) -> bool:

@@ -79,7 +79,7 @@ def _shot(gr, studio: Studio, board, index: int, state: str, turn, acting) -> No
     card, number = board.cards[index], index + 1
 
     def here() -> int:
-        return _number(studio, card.name)
+        return studio.board.place(card.name) + 1
 
     seen = ", ".join(str(i + 1) for i in board.seen(index)) or "nothing"
     label = f"{state}{', kept' if card.kept else ''}"
@@ -115,14 +115,6 @@ def _shot(gr, studio: Studio, board, index: int, state: str, turn, acting) -> No
         sees = gr.Textbox(rule, label="Sees", placeholder=hint, interactive=True)
         choose = gr.Button("Change what it sees", size="sm")
         choose.click(acting(lambda words: studio.sees(here(), *words.split())), [turn, sees], [turn])
-
-
-def _number(studio: Studio, name: str) -> int:
-    """Where the shot of a button stands by now; ValueError where somebody removed it."""
-    index = studio.board.index(name)
-    if index is None:
-        raise ValueError(f"{name} is no longer on the board; look again")
-    return index + 1
 
 
 def _plain(text: str) -> str:

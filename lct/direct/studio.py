@@ -8,37 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lct.data.atomic import check_vacant, new_file, new_folder
-from lct.data.ingest import fit
 from lct.data.latents import Codec, patchify, size_in_patches, unpatchify
 from lct.data.scenefile import load_shot, parse_scene, read_scene, scene_text, write_scene
-from lct.data.scenes import shot_prompt, single_prompt
-from lct.data.video import CONTAINERS, read_video, video_package, write_video
+from lct.data.scenes import SHOT_CUT, shot_prompt, single_prompt
+from lct.data.video import video_package, write_video
 from lct.direct.board import Board, Card, Inputs, Settings, take_name
+from lct.direct.media import encoded
 from lct.draw import contact_sheet
 from lct.kernels.select import unvalidated
 from lct.model.config import Memory
 from lct.pretrained.pipeline import Pipeline
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
-from lct.sample.files import DEFAULT_FPS, codec_of
+from lct.sample.files import codec_of, rate_of, request_of
 from lct.sample.select import CONTEXT, choose
+from lct.train.config import TrainConfig
 from lct.train.weights import available, config_of, digest_of, load_model
 
 BOARDS, TAKES = "boards", "takes"
+NAME = re.compile(r"shot-(\d+)")
 TAKE, LATENTS, FILM, SHEET = "take.json", "latents.safetensors", "shot.mp4", "sheet.png"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-LARGEST_PICTURE = 64 << 20  # pixels
 
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)  # what a person can mend
 Report = Callable[[str], None]
@@ -79,8 +82,8 @@ class Studio:
         check_vacant(folder)
         video_package("av")
         file = read_scene(scene)
-        rate = DEFAULT_FPS if settings.pipeline is None else Pipeline(settings.pipeline).fps
-        board = Board.of(file, settings, fps or file.fps or rate, context)
+        rate = rate_of(file, fps, None if settings.pipeline is None else Pipeline(settings.pipeline))
+        board, config = Board.of(file, settings, rate, context), config_of(settings.weights).model
         source = scene if scene.is_dir() else scene.parent
         with new_folder(folder) as temporary:
             (temporary / BOARDS).mkdir()
@@ -90,24 +93,28 @@ class Studio:
             board = replace(board, codec=codec_of(file.codec, scene, studio._pipeline(settings)).name)
             for i, entry in enumerate(file.shots):
                 if entry.media is not None:
-                    video = load_shot(source, file, i).latents
-                    board = studio._given(board, i, video, f"shot {i + 1} of {scene.name}")
-            _check_circle(board)
+                    shot = load_shot(source, file, i)
+                    request_of(config, source, i, entry, entry.prompt, shot)  # its model may not take it
+                    board = studio._given(board, i, shot.latents, f"shot {i + 1} of {scene.name}")
             studio._write_board(replace(board, action=f"begin with {scene.name}"))
         return cls(folder, **options)
 
     @classmethod
-    def open(cls, folder: Path, changes: dict[str, Any], **options) -> Studio:
-        """An existing project; `changes` of its settings make every take stale that was made with others."""
+    def open(cls, folder: Path, changes: dict[str, Any], fps: float | None = None, **options) -> Studio:
+        """An existing project; `changes` of its settings make every take stale that was made with others. `fps` is that
+        of films from now on."""
         studio = cls(folder, **options)
         board = studio.board
         settings = replace(board.settings, **changes)
-        changed = settings != board.settings
-        if studio.history_device is not None or (changed and {"weights", "pipeline", "fp8"} & changes.keys()):
+        if studio.history_device is not None or settings != board.settings:
             studio._check_settings(settings)
-        if changed:
+        context = config_of(settings.weights).data.shots if settings.digest != board.settings.digest else board.context
+        rate = board.fps if fps is None else rate_of(board.to_scene([None] * len(board.cards)), fps, None)
+        new = replace(board, settings=settings, context=context, fps=rate)
+        if new != board:
             codec_of(board.codec, folder, studio._pipeline(settings))
-            studio._write_board(replace(board, settings=settings, action=f"settings {' '.join(changes)}"))
+            words = [*changes, *(() if fps is None else ("fps",))]
+            studio._write_board(replace(new, action=f"settings {' '.join(words)}"))
         return studio
 
     # -- what there is -------------------------------------------------------------------------------------------
@@ -115,11 +122,7 @@ class Studio:
     @property
     def board(self) -> Board:
         """The board as it stands, read anew: another process may have acted."""
-        newest = self._boards()[-1]
-        try:
-            return Board.from_json(newest.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{newest}: {error}; remove the file to go back to the board before it") from None
+        return _read_board(self._boards()[-1])
 
     def _boards(self) -> list[Path]:
         found = sorted((self.folder / BOARDS).glob("[0-9]*.json"))
@@ -132,7 +135,11 @@ class Studio:
 
     def inputs(self, take: str) -> Inputs:
         """What a take was made from."""
-        return json.loads((self.take_folder(take) / TAKE).read_text(encoding="utf-8"))
+        file = self.take_folder(take) / TAKE
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged ({error}); remove its folder, `refresh` makes the take again") from None
 
     def takes(self, shot: int) -> list[str]:
         """All takes of a shot, oldest first."""
@@ -147,25 +154,27 @@ class Studio:
         card = board.cards[index]
         if card.take is None or card.given:
             return "given" if card.given else "empty"
-        return "stale" if board.is_stale(index, self.inputs(card.take)) else "made"
+        lost = not (self.take_folder(card.take) / TAKE).is_file()  # made again, it is the same
+        return "stale" if lost or board.is_stale(index, self.inputs(card.take)) else "made"
 
     # -- making --------------------------------------------------------------------------------------------------
 
     def make(self, *shots: int, all: bool = False) -> list[str]:
         """Make the takes that are missing: of the shots named, of all, or of the first that has none."""
         board = self.board
-        empty = [i + 1 for i, card in enumerate(board.cards) if card.take is None]
+        order = board.in_order()
+        empty = [i + 1 for i in order if board.cards[i].take is None]
         todo = list(shots) or (empty if all else empty[:1])
         if not todo:
             raise ValueError("make: every shot has a take; `reroll` one, `refresh` stale ones, or `extend` the scene")
-        numbers = [board.number(shot) for shot in todo]
+        numbers = sorted({board.number(shot) for shot in todo}, key=order.index)
         made = [i + 1 for i in numbers if board.cards[i].take is not None]
         if made:
             raise ValueError(
                 f"make: shot {made[0]} has a take; `reroll {made[0]}` makes another, `refresh` a stale one"
             )
-        action = f"make {' '.join(map(str, todo))}"
-        return [self._take(index, action, again=i > 0) for i, index in enumerate(numbers)]
+        action, names = f"make {' '.join(map(str, todo))}", [board.cards[i].name for i in numbers]
+        return [self._take(self.board.place(name), action, again=i > 0) for i, name in enumerate(names)]
 
     def reroll(self, shot: int, seed: int | None = None) -> list[str]:
         """A new take of one shot, with a new seed; no other file changes, and shots that saw it become stale."""
@@ -177,12 +186,12 @@ class Studio:
 
     def refresh(self, *shots: int) -> list[str]:
         """Make stale takes anew, with their seeds over the history as it is now: those named, or all but kept ones."""
-        done = []
-        named = [self.board.number(shot) for shot in shots]
-        for index in self.board.in_order():  # a take that changes makes those stale that see it
-            wanted = index in named if shots else not self.board.cards[index].kept
-            if wanted and self.state(index) == "stale":
-                done.append(self._take(index, "refresh", again=bool(done)))
+        board, done = self.board, []
+        named = [board.number(shot) for shot in shots]
+        wanted = [i for i in board.in_order() if (i in named if shots else not board.cards[i].kept)]
+        for name in [board.cards[i].name for i in wanted]:  # a take that changes makes those stale that see it
+            if self.state(self.board.place(name)) == "stale":
+                done.append(self._take(self.board.place(name), "refresh", again=bool(done)))
         return done
 
     def extend(
@@ -201,10 +210,7 @@ class Studio:
         if sees is not None:
             board = self._seeing(board, len(board.cards) - 1, sees.split())
         self._check(board)
-        board.wanted(len(board.cards) - 1)  # before anything is written
-        self._sized(board, len(board.cards) - 1)
-        self._write_board(board)
-        return [self._take(len(board.cards) - 1, board.action, again=True)]
+        return [self._take(len(board.cards) - 1, board.action, board=board)]
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
@@ -216,14 +222,16 @@ class Studio:
         if take is None or take not in self.takes(shot):
             raise ValueError(f"take: expected one of {self.takes(shot)}, got {take!r}; `make {shot}` makes one")
         made_from = self.inputs(take)
-        given = "media" in made_from
-        changes = {} if given else self._card_of(made_from)
-        self._write_board(board.with_card(index, f"keep {shot}", take=take, kept=True, given=given, **changes))
-
-    def _card_of(self, made_from: Inputs) -> dict[str, Any]:
-        cut = made_from["prompt"].startswith(shot_prompt("", True))
-        prompt = made_from["prompt"].removeprefix(shot_prompt("", True)).strip() if cut else made_from["prompt"]
-        return {"prompt": prompt, "cut": cut, "size": tuple(made_from["size"]), "seed": made_from["seed"]}
+        size = made_from.get("size") or self._latents(take).shape[:3]  # media's own
+        marked = made_from["prompt"].startswith(SHOT_CUT)
+        changes: dict[str, Any] = {
+            "prompt": made_from["prompt"].removeprefix(SHOT_CUT).removeprefix(" ") if marked else made_from["prompt"],
+            "cut": marked,
+            "size": tuple(int(n) for n in size),
+            "seed": made_from["seed"],
+            "given": "media" in made_from,
+        }
+        self._write_board(board.with_card(index, f"keep {shot}", take=take, kept=True, **changes))
 
     def sees(self, shot: int, *choice: str) -> None:
         """Choose which shots a shot sees, and in which order: `all`, `recent:2`, `relevant:3`, `none`, or numbers;
@@ -262,7 +270,7 @@ class Studio:
         """Media of one's own for a shot, a picture or a film: it conditions the shots that see it (§ 4.3)."""
         board = self.board
         index = board.number(shot)
-        latents = self._encode(Path(file), board.cards[index].size, self._codec(board), board.fps)
+        latents = encoded(Path(file), board.cards[index].size, self._codec(board), board.fps)
         self._write_board(replace(self._given(board, index, latents, Path(file).name), action=f"give {shot} {file}"))
 
     def add(self, prompt: str, file: Path | None = None, cut: bool = True) -> None:
@@ -273,7 +281,7 @@ class Studio:
         self._check(board)
         if file is not None:
             size = board.cards[-1].size
-            latents = self._encode(Path(file), size, self._codec(board), board.fps)
+            latents = encoded(Path(file), size, self._codec(board), board.fps)
             board = self._given(board, len(board.cards) - 1, latents, Path(file).name)
         self._write_board(board)
 
@@ -297,11 +305,12 @@ class Studio:
         branches = self.branches()
         if name not in branches:
             raise ValueError(f"switch: expected one of {sorted(branches)}, got {name!r}; `fork {name}` makes one")
-        self._write_board(replace(branches[name], key=self.board.key, action=f"switch {name}"))
+        board = self.board
+        self._write_board(replace(branches[name], key=board.key, named=board.named, action=f"switch {name}"))
 
     def branches(self) -> dict[str, Board]:
         """Every branch, as it was left."""
-        boards = [Board.from_json(path.read_text(encoding="utf-8")) for path in self._boards()]
+        boards = [_read_board(path) for path in self._boards()]
         return {board.branch: board for board in boards}
 
     def undo(self) -> str:
@@ -309,9 +318,8 @@ class Studio:
         last = self.board
         if last.turn == 0:
             raise ValueError("undo: nothing was done yet")
-        for path in reversed(self._boards()):
-            if Board.from_json(path.read_text(encoding="utf-8")).turn != last.turn:
-                break
+        undone = list(takewhile(lambda path: _read_board(path).turn == last.turn, reversed(self._boards())))
+        for path in undone:
             path.unlink()
         return last.action
 
@@ -345,7 +353,6 @@ class Studio:
     def _check(self, board: Board) -> None:
         """What a scene file refuses, such as `[SHOT CUT]` typed by hand, is refused here."""
         parse_scene(scene_text(board.to_scene([None] * len(board.cards))), str(self.folder))
-        _check_circle(board)
 
     def _usual_size(self, board: Board) -> tuple[int, int, int] | None:
         """The size of the last shot that was not given."""
@@ -354,15 +361,16 @@ class Studio:
 
     def _with_one_more(self, board: Board, card: Card, action: str) -> Board:
         """The board with a card at the end, under a name that no card and no take ever had."""
-        used = [*(c.name for c in board.cards), *(p.name for p in (self.folder / TAKES).iterdir())]
-        number = 1 + max(int(name.split("-")[1]) for name in used)
-        return replace(board, cards=(*board.cards, replace(card, name=f"shot-{number}")), action=action)
+        names = [NAME.match(name) for name in (*(c.name for c in board.cards), *os.listdir(self.folder / TAKES))]
+        number = 1 + max(board.named, *(int(name[1]) for name in names if name))
+        return replace(board, cards=(*board.cards, replace(card, name=f"shot-{number}")), action=action, named=number)
 
     def _write_board(self, board: Board, again: bool = False) -> None:
         """Make this the board; `again` as part of this studio's action before, so that one `undo` takes both back.
 
         ValueError where the board that it was made from no longer stands: somebody else acted, and would be undone.
         """
+        _check_circle(board)
         folder = self.folder / BOARDS
         boards = sorted(folder.glob("[0-9]*.json"))
         now = self.board if boards else board
@@ -378,13 +386,26 @@ class Studio:
             raise ValueError(f"{path}: somebody else acted on this project just now; look and try again") from None
         self._last = board.key
 
-    def _take(self, index: int, action: str, again: bool = False, **changes: Any) -> str:
+    def _take(self, index: int, action: str, again: bool = False, board: Board | None = None, **changes: Any) -> str:
         """Find or make the take that a shot asks for, put it on the board, and return its name; see `_write_board`."""
-        board = self.board.with_card(index, action, **changes)
+        board = board or self.board
+        if board.cards[index].given:  # no longer, and it need not be as large as the media were
+            changes |= {"given": False, "size": self._usual_size(board)}
+        board = board.with_card(index, action, **changes)
+        _check_circle(board)
         inputs = board.wanted(index)
         name = take_name(inputs)
         if not (self.take_folder(name) / TAKE).is_file():
-            self._generate(board, index, inputs, name)
+            check_vacant(self.take_folder(name))
+            try:
+                self._generate(board, index, inputs, name)
+            except (RuntimeError, MemoryError) as error:
+                if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)):
+                    raise
+                raise ValueError(
+                    f"shot {index + 1}: not enough memory; make it smaller, let it see fewer shots, or keep those in "
+                    "8 bits or elsewhere, --memory.fp8 True --memory.device cpu"
+                ) from error
         self._show(name, board)
         kept = board.cards[index].kept and board.cards[index].take == name
         self._write_board(board.with_card(index, action, take=name, kept=kept, given=False), again)
@@ -402,10 +423,7 @@ class Studio:
         model, config = self._model(board.settings)
         patch, card, s = model.config.patch, board.cards[index], board.settings
         size = self._sized(board, index)
-        sampling = Sampling.of(
-            config, steps=s.steps, guidance=s.guidance, history_guidance=s.history_guidance,
-            history_time=s.history_time, dtype=s.dtype,
-        )  # fmt: skip
+        sampling = _sampling(config, s)
         seen = board.seen(index)
         if seen and config.data.shots == 1:
             raise ValueError(f"sees: {s.weights} knows single shots; choose with `sees {index + 1} none`")
@@ -439,6 +457,7 @@ class Studio:
     def _check_settings(self, settings: Settings) -> None:
         """ValueError where weights and pipeline do not belong together, before anything is written."""
         config, parts = config_of(settings.weights), self._pipeline(settings)
+        _sampling(config, settings)
         if self._memory(settings) is not None and config.visibility != "context_causal":
             raise ValueError(
                 f"memory.fp8, memory.device: {settings.weights} keep no history, only weights tuned with "
@@ -483,7 +502,11 @@ class Studio:
         return codec_of(board.codec, self.folder, self._pipeline(board.settings))
 
     def _latents(self, take: str) -> np.ndarray:
-        return load_file(self.take_folder(take) / LATENTS)["video"]
+        file = self.take_folder(take) / LATENTS
+        try:
+            return load_file(file)["video"]
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged ({error}); remove its folder, `refresh` makes the take again") from None
 
     def _given(self, board: Board, index: int, latents: np.ndarray, source: str) -> Board:
         card = board.cards[index]
@@ -499,7 +522,10 @@ class Studio:
         """A take's latents, and then, should that fail to be made up for later, what a person looks at."""
         if not (self.take_folder(name) / TAKE).is_file():
             with new_folder(self.take_folder(name)) as temporary:
-                save_file({"video": np.ascontiguousarray(latents, np.float32)}, temporary / LATENTS)
+                try:
+                    save_file({"video": np.ascontiguousarray(latents, np.float32)}, temporary / LATENTS)
+                except SafetensorError as error:
+                    raise OSError(f"{self.take_folder(name)}: could not be written ({error})") from None
                 (temporary / TAKE).write_text(json.dumps(inputs, indent=1, ensure_ascii=False), encoding="utf-8")
         self._show(name, board)
 
@@ -514,37 +540,17 @@ class Studio:
         with new_file(folder / SHEET) as temporary:
             contact_sheet([(name, [frames])], [self.inputs(name)["prompt"]]).save(temporary)
 
-    def _encode(self, file: Path, size: tuple[int, int, int] | None, codec: Codec, fps: float) -> np.ndarray:
-        """A picture (T = 1) or a film as latents; where there is a size, its middle of that size's aspect ratio."""
-        suffix = file.suffix.lower()
-        if not file.is_file() or suffix not in (*PICTURES, *CONTAINERS):
-            raise ValueError(f"{file}: expected a picture {PICTURES} or a film {tuple(CONTAINERS)}, found none of them")
 
-        def covering(height: int, width: int) -> tuple[int, int]:
-            if size is None:
-                return fit(height, width, 480, 4 * codec.stride)
-            scale = max(size[1] * codec.stride / height, size[2] * codec.stride / width)
-            return max(round(height * scale), 1), max(round(width * scale), 1)
+def _read_board(file: Path) -> Board:
+    try:
+        return Board.from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; remove the file to go back to the board before it") from None
 
-        if suffix in PICTURES:
-            with Image.open(file) as picture:
-                if picture.width * picture.height > LARGEST_PICTURE:
-                    raise ValueError(
-                        f"{file}: expected at most {LARGEST_PICTURE} pixels, got {picture.size}; shrink it"
-                    )
-                height, width = covering(picture.height, picture.width)
-                frames = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))[None]
-        else:
-            film = read_video(file, resize=covering)
-            step = max(1.0, film.fps / fps)
-            count = int(np.ceil(len(film.frames) / step))
-            latent = min(size[0] if size else count, 1 + (count - 1) // codec.time_stride)
-            frames = film.frames[[int(i * step) for i in range(1 + (latent - 1) * codec.time_stride)]]
-        if size is not None:
-            height, width = size[1] * codec.stride, size[2] * codec.stride
-            top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
-            frames = frames[:, top : top + height, left : left + width]
-        return codec.encode(np.array(frames)).numpy()
+
+def _sampling(config: TrainConfig, s: Settings) -> Sampling:
+    names = ("steps", "guidance", "history_guidance", "history_time", "dtype")
+    return Sampling.of(config, **{name: getattr(s, name) for name in names})
 
 
 def _check_circle(board: Board) -> None:

@@ -22,7 +22,7 @@ Positional = tyro.conf.Positional
 def status(studio: Studio) -> None:
     """What stands on the board: every shot, what it sees, its take, and whether that is stale."""
     board = studio.board
-    table = Table(title=f"{studio.folder.name}, branch {board.branch}", title_justify="left")
+    table = Table(title=Text(f"{studio.folder.name}, branch {board.branch}"), title_justify="left")
     for name in ("shot", "prompt", "sees", "seed", "take"):
         table.add_column(name, justify="right" if name in ("shot", "seed") else "left", overflow="fold")
     for i, card in enumerate(board.cards):
@@ -33,7 +33,7 @@ def status(studio: Studio) -> None:
             take.append(f"  {others} more", "dim")
         sees = " ".join(str(n + 1) for n in board.seen(i)) or "–"
         mark = "" if card.cut else "↪ "  # goes on without a cut
-        table.add_row(str(i + 1), mark + card.prompt, sees, str(card.seed), take)
+        table.add_row(str(i + 1), Text(mark + card.prompt), sees, str(card.seed), take)
     Console().print(table)
 
 

@@ -62,8 +62,6 @@ def encode(
     out.mkdir(parents=True, exist_ok=True)
     if left or not (out / TEXT).is_file():
         _write_null(out, pipeline)
-    for folder in read.keys() - left.keys():
-        _complete_text(out / folder.relative_to(scenes) / TEXT, read[folder], pipeline)
     written = []
     with counting("encode", len(read), len(read) - len(left)) as advance:
         for group in _passes(left):
@@ -97,18 +95,8 @@ def _write(target: Path, scene: SceneFile, plans: list[ShotFrames], media: Itera
     with new_folder(target) as temporary:
         encoded = replace(scene, shots=tuple(entries), fps=fps, codec=pipeline.codec.name)
         write_scene(temporary, encoded, latents)
-        _write_text(temporary / TEXT, scene, pipeline)
-
-
-def _write_text(file: Path, scene: SceneFile, pipeline: Pipeline) -> None:
-    prompts = prompts_of(scene)
-    write_features(file, dict(zip(prompts, pipeline.encode(prompts), strict=True)))
-
-
-def _complete_text(file: Path, scene: SceneFile, pipeline: Pipeline) -> None:
-    """Encode a finished scene's prompts anew where an earlier version did not ask for all of them."""
-    if any(read_features(file, prompt) is None for prompt in prompts_of(scene)):
-        _write_text(file, scene, pipeline)
+        prompts = prompts_of(scene)
+        write_features(temporary / TEXT, dict(zip(prompts, pipeline.encode(prompts), strict=True)))
 
 
 def _plans(folder: Path, scene: SceneFile, most: int, step: float, time_stride: int) -> list[ShotFrames]:
@@ -165,7 +153,8 @@ def _is_finished(folder: Path, scene: SceneFile, video: list, codec: str, fps: f
         (there.source, there.global_prompt, there.codec, there.fps),
         (scene.source, scene.global_prompt, codec, fps),
     )
-    if prompts[0] != prompts[1] or found != video or own != asked:
+    rows = [read_features(folder / TEXT, prompt) is not None for prompt in prompts_of(scene)]
+    if not all(rows) or prompts[0] != prompts[1] or found != video or own != asked:
         raise ValueError(
             f"{folder}: was encoded with other prompts, frames, sizes, fps, another film or another pipeline; remove "
             "it to encode it anew"

@@ -52,12 +52,12 @@ def asked(
         pipeline.check(config)
     file = read_scene(scene_path)
     folder = scene_path if scene_path.is_dir() else scene_path.parent
-    rate, codec = _rate(file, fps, pipeline), codec_of(file.codec, scene_path, pipeline)
+    rate, codec = rate_of(file, fps, pipeline), codec_of(file.codec, scene_path, pipeline)
     given = {i: load_shot(folder, file, i) for i, entry in enumerate(file.shots) if entry.media is not None}
     if len(given) == len(file.shots):
         raise ValueError(f"{scene_path}: every shot has media, nothing to generate; add a [[shot]] without media")
     shared, prompts = prompts_read(file, context)
-    shots = tuple(_request(config, folder, i, entry, prompts[i], given.get(i)) for i, entry in enumerate(file.shots))
+    shots = tuple(request_of(config, folder, i, entry, prompts[i], given.get(i)) for i, entry in enumerate(file.shots))
     return Asked(file, folder, rate, codec, given, SceneRequest(shared, shots))
 
 
@@ -164,7 +164,7 @@ def decode_scene(
     """
     video_package("av")
     file = read_scene(scene)
-    codec, rate = codec_of(file.codec, scene, pipeline), _rate(file, fps, pipeline)
+    codec, rate = codec_of(file.codec, scene, pipeline), rate_of(file, fps, pipeline)
     for i in range(len(file.shots)):
         media_of(scene, file, i)
     out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def decode_scene(
     return out
 
 
-def _rate(file: SceneFile, fps: float | None, pipeline: Pipeline | None) -> float:
+def rate_of(file: SceneFile, fps: float | None, pipeline: Pipeline | None) -> float:
     fps = (file.fps or (DEFAULT_FPS if pipeline is None else pipeline.fps)) if fps is None else fps
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
@@ -203,7 +203,7 @@ def _chosen(folder: Path, file: SceneFile, context: int) -> list[list[int]] | No
     return chosen
 
 
-def _request(
+def request_of(
     config: ModelConfig, folder: Path, index: int, entry: ShotEntry, prompt: str, given: ShotSample | None
 ) -> ShotRequest:
     """The request for shot `index`; errors count shots from 1, as a reader of the file does."""

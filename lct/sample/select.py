@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from lct.data.prompts import characters
 
@@ -30,7 +31,9 @@ def relevant(prompt: str, earlier: Sequence[str], most: int) -> list[int]:
     both name. First every character of the prompt gets the shot that fits best among those that name it; what room is
     left goes to the most relevant others. The newer shot wins a draw.
     """
-    score = [_relevance(prompt, other, earlier) for other in earlier]
+    seen = Counter(word for text in earlier for word in _words(text))
+    rarity = {word: math.log(1 + len(earlier) / (1 + seen[word])) ** 2 for word in seen.keys() | _words(prompt)}
+    score = [_relevance(prompt, other, rarity) for other in earlier]
     ranked = sorted(range(len(earlier)), key=lambda i: (score[i], i), reverse=True)
     wanted = characters(prompt)
     first = [next((i for i in ranked if name in characters(earlier[i])), None) for name in wanted]
@@ -38,20 +41,20 @@ def relevant(prompt: str, earlier: Sequence[str], most: int) -> list[int]:
     return sorted(list(order)[:most])
 
 
-def _relevance(prompt: str, other: str, all_prompts: Sequence[str]) -> float:
-    seen = Counter(word for text in all_prompts for word in set(_words(text)))
-    mine, theirs = set(_words(prompt)), set(_words(other))
+def _relevance(prompt: str, other: str, rarity: Mapping[str, float]) -> float:
+    mine, theirs = _words(prompt), _words(other)
 
-    def weight(words: set[str]) -> float:
-        return sum(math.log(1 + len(all_prompts) / (1 + seen[word])) ** 2 for word in words)
+    def weight(words: frozenset[str]) -> float:
+        return sum(rarity[word] for word in sorted(words))
 
     both = math.sqrt(weight(mine) * weight(theirs))
     cosine = weight(mine & theirs) / both if both else 0.0
     return cosine + SAME_CHARACTER * len(set(characters(prompt)) & set(characters(other)))
 
 
-def _words(text: str) -> list[str]:
-    return [word.lower() for word in WORD.findall(text)]
+@lru_cache(maxsize=4096)
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word.lower() for word in WORD.findall(text))
 
 
 CONTEXT = 9  # shots that training had in one context, the new one included (§ 4)

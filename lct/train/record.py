@@ -7,7 +7,6 @@ import resource
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -110,8 +109,3 @@ def trim_log(folder: Path, step: int) -> None:
         kept.append(f"{line}\n")
     with new_file(file) as temporary:
         temporary.write_text("".join(kept))
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's log."""
-    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]

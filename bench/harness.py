@@ -21,6 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lct.data.atomic import new_file
 from lct.kernels.numerics import compare
 from lct.model.cost import PEAKS
 
@@ -417,7 +418,12 @@ def tell(record: dict, console: Console) -> None:
 
 
 def write(record: dict, folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def slug(device: str) -> str:
+    """A GPU's name as part of a file's."""
+    return "-".join(word.lower() for word in device.split() if word != "NVIDIA")

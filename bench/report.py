@@ -6,10 +6,12 @@ A test fails when they are stale: nothing is quoted that was not measured. Plots
 from __future__ import annotations
 
 import hashlib
-import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from findings import page
+from findings.vbench import read_json
 from harness import milliseconds, sentence, winners
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +25,7 @@ QUESTIONS = ("attention", "norm_rope", "modulate", "plan", "training", "generati
 
 
 def record(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return read_json(RESULTS / f"{name}.json")
 
 
 def machines() -> list[str]:
@@ -100,6 +102,12 @@ def benchmarks() -> str:
     return "\n\n".join(sections)
 
 
+def _range(found: list[dict], key: str, told: Callable[[float], str]) -> str:
+    """From the least to the largest of what the records say."""
+    least, most = (told(of(r[key] for r in found)) for of in (min, max))
+    return least if least == most else f"{least.split()[0] if least.split()[1] == most.split()[1] else least} to {most}"
+
+
 def _machine(machine: str) -> str:
     found, plot, page = records(machine), plot_of(machine), cases_of(machine)
     first = found[0]
@@ -107,7 +115,8 @@ def _machine(machine: str) -> str:
     warm = "; small tensors stay in the processor's caches" if machine == "cpu" else ", behind a flush of its caches"
     lines = [
         f"`lct bench` on {where}, {first['dtype']}, torch {first['torch']}: there a matrix product runs at "
-        f"{_rate(first['matmul_tflops'])}, a copy at {first['copy_gb_s']:,.0f} GB/s. Every number is a median of "
+        f"{_range(found, 'matmul_tflops', _rate)}, a copy at {_range(found, 'copy_gb_s', '{:,.0f} GB/s'.format)}. "
+        "Every number is a median of "
         f"launches in turns with the peers', after its result was found right{warm}. "
         f"[Every case]({page.relative_to(ROOT).as_posix()}).",
         "",
@@ -222,14 +231,23 @@ def renewed(readme: str) -> str:
     ):
         before, _, rest = readme.partition(begin)
         _, _, after = rest.partition(end)
+        if readme.count(begin) != 1 or readme.count(end) != 1 or end not in rest:
+            raise ValueError(f"{README}: expected {begin} and behind it {end}, once each; put them back")
         readme = f"{before}{begin}\n{text()}\n{end}{after}"
     return readme
 
 
-if __name__ == "__main__":
+def main() -> None:
     README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
     FINDINGS.write_text(page.page(record("findings-cpu")), encoding="utf-8")
     page.draw(record("findings-cpu"), DOCS / page.FOLDER)
     for name in machines():
         cases_of(name).write_text(cases(name), encoding="utf-8")
         plot(name)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"report: error: {error}")

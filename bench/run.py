@@ -16,8 +16,10 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from harness import Setting, measure, sentence, tell, write
+from harness import Setting, measure, sentence, slug, tell, write
 from rich.console import Console
+
+from lct.train.weights import available
 
 Question = Literal["attention", "norm_rope", "modulate", "plan", "training", "generation", "findings"]
 QUESTIONS: tuple[Question, ...] = ("attention", "norm_rope", "modulate", "plan", "training", "generation")
@@ -32,8 +34,11 @@ class Options:
     check: bool = False
     """Exit with 1 where anybody's result is not the truth, or an expected finding does not hold."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(bfloat16 on a GPU, float32 on a CPU)")] = None
-    """float32, bfloat16 or float16."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(help_behavior_hint="(bfloat16 on a GPU, float32 on a CPU)"),
+    ] = None
+    """Of tensors."""
     out: Path | None = None
     """Folder for the records; `bench/results` is the repository's own."""
     runs: Path = Path("runs/findings")
@@ -43,7 +48,9 @@ class Options:
 
 
 def main(options: Options) -> int:
-    device = torch.device(options.device)
+    device = available(options.device)
+    if options.out:  # hours may pass before it is written to
+        options.out.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     setting = Setting(device, dtype, options.quick, seconds=0.7 if options.quick else 3.0)
     console, sentences, wrong = Console(), [], 0
@@ -73,11 +80,6 @@ def findings(options: Options, console: Console) -> int:
     if options.out:
         write(record, options.out, f"findings-{torch.device(options.device).type}")
     return len(missed(record))
-
-
-def slug(device: str) -> str:
-    """A GPU's name as part of a file's."""
-    return "-".join(word.lower() for word in device.split() if word != "NVIDIA")
 
 
 if __name__ == "__main__":

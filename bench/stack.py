@@ -10,7 +10,6 @@ small, in fp32, without FlexAttention, which has no backward there. Writes stack
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from baselines import flex_attention, per_shot
+from harness import slug, write
 from provenance import provenance
 from rich.console import Console
 from rich.table import Table
@@ -153,13 +153,9 @@ def main() -> None:
     kept = {mode: kept_bytes(config, layout, mode, dtype) for mode in RECOMPUTE}
     record = {
         "blocks": options.blocks, "layout": str(layout.scenes), "rows": layout.rows, "flops": flops,
-        "estimated bytes kept for the backward pass": kept, "ways": found, "machine": provenance(),
+        "estimated bytes kept for the backward pass": kept, "ways": found, "machine": provenance(device),
     }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name(device).split()[-1].lower() if gpu else "cpu"
-    file = options.out / f"stack-{name}.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    print(file)
+    print(write(record, options.out, f"stack-{slug(torch.cuda.get_device_name(device)) if gpu else 'cpu'}"))
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ def export(
     from lct.pretrained.files import save
     from lct.train.weights import load_model
 
-    model, _ = load_model(weights, base=pipeline)
+    model, _ = load_model(weights, base=pipeline, dtype=dtype)
     print(save(model.to(getattr(torch, dtype)), out))
 
 
@@ -470,6 +470,9 @@ def main(arguments: list[str] | None = None) -> int:
     code, ours = 1, not _among_others()
     try:
         code = _main(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        code = 130
+        print("lct: interrupted", file=sys.stderr)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         raise
@@ -503,6 +506,9 @@ def _main(arguments: list[str]) -> int:
             COMMANDS, args=arguments, prog="lct", description="Long Context Tuning: multi-shot video generation."
         )
         return result or 0
+    except BrokenPipeError:  # whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         words = " ".join(str(error).split())
         print("; ".join([f"lct: error: {words}", *getattr(error, "__notes__", ())]), file=sys.stderr)

@@ -65,6 +65,8 @@ def estimate(name: str, layout: SceneLayout, lora: int = 0) -> dict[str, float]:
     parameters = model.parameter_count()
     products = sum(model.get_parameter(name).numel() for name in model.stream_weights())
     forward, training = model.flops(layout), model.training_flops(layout)
+    if not 0 <= lora <= c.width:
+        raise ValueError(f"lora: expected a rank of 0 to {c.width}, the model's width, got {lora}")
     if lora:
         add_lora(model, lora)
     changed = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -199,8 +201,13 @@ def print_estimate(
     pass_rows: int = 0,
 ) -> None:
     """Tables of all that; `balance` steps, in passes of `pass_rows`, are simulated for the last."""
-    if not tflops > 0:
+    if not 0 < tflops < float("inf"):
         raise ValueError(f"tflops: expected a rate above 0, got {tflops}")
+    if balance < 0 or pass_rows < 0:
+        raise ValueError(f"balance, pass_rows: expected 0 or more, got {balance} and {pass_rows}")
+    heads, context = preset(name).heads, 1 if mesh is None else mesh.context
+    if heads % context:
+        raise ValueError(f"context: expected a divisor of {heads} heads, got {context}")
     mesh = mesh or Mesh()
     e, rate, console = estimate(name, layout, lora), tflops * 1e12, Console()
     what = f"rank {lora}, {e['trained'] / 1e6:.1f} M parameters" if lora else "all weights"

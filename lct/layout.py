@@ -209,6 +209,8 @@ class SceneLayout:
     def visible_shots(self, scene: int, shot: int) -> tuple[int, ...]:
         """Indices within `scene` of the shots that `shot` sees, itself included, ascending."""
         count = len(self.scenes[scene])
+        if not 0 <= shot < count:
+            raise IndexError(f"shot: expected 0 to {count - 1}, got {shot}")
         if self.visibility == "bidirectional":
             return tuple(range(count))
         if self.visibility == "context_causal":

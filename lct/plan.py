@@ -142,9 +142,10 @@ class Plan:
             if run.sees and (run.sees[0][0] < 0 or run.sees[-1][1] > k_rows):
                 raise ValueError(f"runs: expected key intervals within {k_rows} rows, got {run.sees}")
         key_runs = transpose_runs(covered, k_rows)
-        host, host_key = torch.from_numpy(run_table(covered)), torch.from_numpy(run_table(key_runs))
-        # Host and device tables are distinct tensors everywhere: one tensor passed twice breaks fullgraph compiles.
-        table, key_table = host.to(device, copy=True), host_key.to(device, copy=True)
+        with torch.inference_mode(False):  # they are kept, and training may follow
+            host, host_key = torch.from_numpy(run_table(covered)), torch.from_numpy(run_table(key_runs))
+            # Host and device tables are distinct tensors everywhere: one tensor passed twice breaks fullgraph compiles.
+            table, key_table = host.to(device, copy=True), host_key.to(device, copy=True)
         return cls(q_rows, k_rows, covered, key_runs, table, key_table, host, host_key)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ class TrainCommand:
 
         if self.share is not None and self.share.suffix != ".safetensors":
             raise ValueError(f"share: expected a name that ends in .safetensors, got {self.share}")
+        if self.share is not None:
+            folder = next(path for path in self.share.absolute().parents if path.exists())
+            if self.share.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+                raise ValueError(f"share: expected a file that can be written, got {self.share}; name another")
         if self.share is not None and self.config.lora and config_of(str(self.config.init)).lora:
             raise ValueError("share: the changes of two stages do not fit one file; share the folders of both runs")
         config, out = self.config, self.out or Path("runs") / self.config.name

@@ -318,7 +318,7 @@ def test_what_sample_made_can_be_given_for_a_further_shot(lct, scene, weights, t
         (["mask", "3:1x2x2", "--out=m"], ["out: expected a picture such as mask.png", "got m"]),
         (["estimate", "3:1x2x2", "--tflops=nan"], ["tflops: expected a rate above 0", "got nan"]),
         (["train", "tiny_lct", "--share=w.bin"], ["share: expected a name that ends in .safetensors", "w.bin"]),
-        (["train", "tiny_lct", "--compute-dtype=float8"], ["compute_dtype: expected one of", "float8"]),
+        (["train", "tiny_lct", "--compute-dtype=float8"], ["compute_dtype: expected float32 or bfloat16", "float8"]),
         (["train", "tiny_lct", "--lr=nan"], ["lr: expected a positive number", "got nan"]),
         (["train", "tiny_lct", "--init=None", "--device=warp"], ["device: expected one of", "warp"]),
         (["train", "tiny_lct", "--init=None", "--impl=nope"], ["impl: expected 'auto' or one of", "nope"]),

@@ -175,7 +175,9 @@ def test_other_weights_see_as_many_shots_as_they_know(tmp_path, weights):
     write_scene(tmp_path / "scene", SCENE)
     model, config = load_model(weights)
     alone = tmp_path / "alone.safetensors"
-    save_weights(alone, model.state_dict(), replace(config, data=replace(config.data, shots=1)))
+    save_weights(
+        alone, model.state_dict(), replace(config, data=replace(config.data, shots=1, single=1.0, cut=0.0, no_cut=0.0))
+    )
     options = {"scene": tmp_path / "scene", "steps": 2}
     studio = open_studio(weights=str(alone), **options)
     assert [studio.board.seen(i) for i in range(3)] == [[], [], []]

@@ -195,7 +195,7 @@ def test_a_file_has_fewer_than_600_lines(file):
     assert lines(file) < 600
 
 
-@pytest.mark.parametrize(("folder", "limit"), [("lct", 17_000), ("csrc", 4_000)])
+@pytest.mark.parametrize(("folder", "limit"), [("lct", 17_500), ("csrc", 4_000)])
 def test_the_package_stays_small(folder, limit):
     assert 0 < sum(lines(file) for file in SOURCES if file.parts[0] == folder) < limit
 

@@ -93,8 +93,9 @@ class StoredScenes:
             )
         return places
 
-    def check(self, kinds: Iterable[str], patch: tuple[int, int, int]) -> None:
-        """ValueError where a kind cannot be drawn, or the patch (frames, height, width) does not divide some shot.
+    def check(self, kinds: Iterable[str], patch: tuple[int, int, int], channels: int) -> None:
+        """ValueError where a kind cannot be drawn, the patch (frames, height, width) does not divide some shot, or its
+        latents have other channels.
 
         It looks at sizes alone, so that it can stand before any work.
         """
@@ -109,8 +110,13 @@ class StoredScenes:
         for shots in self.shots:
             for index, shot in enumerate(shots):
                 shape = shot.latents.shape
+                where = getattr(shot.latents, "file", self.root / "").parent
+                if shape[3] != channels:
+                    raise ValueError(
+                        f"{where}: shot {index + 1}: expected latents of {channels} channels, as the model has, got "
+                        f"{shape[3]}; ingest or encode for this model"
+                    )
                 if any(n % p for n, p in zip(shape, patch, strict=False)):
-                    where = getattr(shot.latents, "file", self.root / "").parent
                     raise ValueError(
                         f"{where}: shot {index + 1}: the patch {patch} does not divide its latents {shape[:3]}; "
                         f"ingest with --patch {max(patch[1:])}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -99,9 +99,14 @@ def _fill(draw: ImageDraw.ImageDraw, x0: float, y0: float, x1: float, y1: float,
 
 
 def _draw_separators(draw: ImageDraw.ImageDraw, grid: MaskGrid, layout: SceneLayout, u: float) -> None:
-    scenes = layout.first_shots[1:]
+    scenes, shots = layout.first_shots[1:], grid.edges[::2]
+    whole = [*(shots[first] for first in layout.first_shots), shots[-1]]
+    thicks = {  # lines would hide what they part
+        kind: thick if np.median(np.diff(edges)) >= 4 * thick else int(np.median(np.diff(edges)) >= 8)
+        for kind, edges, thick in ((False, shots, 1), (True, whole, max(2, round(3 * u))))
+    }
     for shot in sorted(range(1, len(layout.shots)), key=lambda shot: shot in scenes):  # heavy lines over light ones
-        thick, colour = (max(2, round(3 * u)), INK) if shot in scenes else (1, PAPER)
+        thick, colour = thicks[shot in scenes], INK if shot in scenes else PAPER
         at = grid.edges[2 * shot] - thick // 2
         for x, y, w, h in ((at, 0, thick, grid.side), (0, at, grid.side, thick)):
             _fill(draw, grid.left + x, grid.top + y, grid.left + x + w, grid.top + y + h, colour)
@@ -127,9 +132,8 @@ def _draw_axis(draw: ImageDraw.ImageDraw, grid: MaskGrid, layout: SceneLayout, u
             draw.text(page((start + end) / 2, 20 * u), word, MUTED, small, anchor)
     starts, ends = grid.edges[:-1:2], grid.edges[2::2]
     centres = [(a + b) / 2 for a, b in zip(starts, ends, strict=True)]
-    labels = _fitting(
-        names, grid.side, (lambda _: 22 * u) if vertical else (lambda name: normal.getlength(name) + 8 * u)
-    )
+    width = (lambda _: 22 * u) if vertical else (lambda name: normal.getlength(name) + 8 * u)
+    labels = _fitting(names, grid.side, width)
     placed = _spread([centres[i] for i, _, _ in labels], [width for _, _, width in labels], -20 * u, grid.side + 30 * u)
     for (i, label, _), at in zip(labels, placed, strict=True):
         colour = mix(shot_colour(names[i]), INK, 0.35)
@@ -138,15 +142,20 @@ def _draw_axis(draw: ImageDraw.ImageDraw, grid: MaskGrid, layout: SceneLayout, u
         draw.text(page(at, (62 if vertical else 40) * u), label, colour, normal, anchor)
     if len(layout.scenes) > 1:
         far = (124 if vertical else 66) * u
-        for scene, first in enumerate(layout.first_shots):
-            start, end = grid.edges[2 * first], grid.edges[2 * (first + len(layout.scenes[scene]))]
+        ends = [*(grid.edges[2 * first] for first in layout.first_shots), grid.edges[-1]]
+        centres = [(a + b) / 2 for a, b in pairwise(ends)]
+        for start, end in pairwise(ends):
             box(start + 2 * u, end - 2 * u, far, far + 2 * u, INK)
-            draw.text(page((start + end) / 2, far + 9 * u), f"scene {scene + 1}", INK, normal, anchor)
+        names = [f"scene {scene + 1}" for scene in range(len(centres))]
+        labels = _fitting(names, grid.side, width)
+        placed = _spread([centres[i] for i, _, _ in labels], [w for _, _, w in labels], -20 * u, grid.side + 30 * u)
+        for (_, label, _), at in zip(labels, placed, strict=True):
+            draw.text(page(at, far + 9 * u), label, INK, normal, anchor)
 
 
 def _fitting(names: Sequence[str], side: float, width: Callable[[str], float]) -> list[tuple[int, str, float]]:
     """(index, label, width) of the labels that fit `side` pixels: whole names, else their numbers, else every k-th."""
-    short = [name.removeprefix("shot ") for name in names]
+    short = [name.removeprefix("shot ").removeprefix("scene ") for name in names]
     labels = list(names) if sum(map(width, names)) <= side else short
     every = max(1, -int(-sum(map(width, labels)) // max(side, 1)))
     return [(i, labels[i], width(labels[i])) for i in range(0, len(names), every)]

@@ -13,6 +13,7 @@ from lct.layout import SceneLayout, Shot
 
 # One step along t, y and x on the page: the space diagonal falls gently to the right, and y points down as in a frame.
 AXES = np.array([[0.82, -0.30], [0.0, 0.60], [0.82, 0.36]])
+MOST_DOTS = 4000  # of a shot's text
 SMOOTH = 3  # slanted lines are drawn this much larger, then reduced
 
 
@@ -116,16 +117,22 @@ def _draw_video(draw: ImageDraw.ImageDraw, view: _View, video: tuple[int, int, i
 
 def _draw_text(draw: ImageDraw.ImageDraw, view: _View, places: np.ndarray, step: float, colour: RGB) -> None:
     radius = float(np.clip(0.5 * view.scale * max(step, 0.3), 1.5 * view.u, 5 * view.u)) * SMOOTH
+    places = places[:: -(-len(places) // MOST_DOTS)] if len(places) else places  # they lie on one another by then
     for x, y in view.page(np.repeat(places[:, None], 3, axis=1)) * SMOOTH:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), mix(colour, INK, 0.4))
 
 
 def _draw_labels(draw: ImageDraw.ImageDraw, view: _View) -> None:
     """Each shot's origin above its first token, its name and sizes below its video."""
-    u, small = view.u, font(round(14 * view.u))
+    u, small, right, bottom = view.u, font(round(14 * view.u)), -np.inf, -np.inf
     for shot, origin, start, name in view.shots:
         x, y = view.page([origin] * 3)
+        sizes = f"{shot.text} + {shot.video}"
+        below, under = view.page(start - 0.5 + np.array([0, *shot.video[1:]]))
+        half = small.getlength(sizes) / 2 + 4 * u
+        if below - half < right and under + 10 * u < bottom:  # it would lie on the label before
+            continue
+        right, bottom = below + half, under + 46 * u
         draw.text((x, y - 12 * u), f"{origin:g}", MUTED, small, "ms", stroke_width=round(2 * u), stroke_fill=PAPER)
-        x, y = view.page(start - 0.5 + np.array([0, *shot.video[1:]]))
-        draw.text((x, y + 10 * u), name, mix(shot_colour(name), INK, 0.35), font(round(18 * u)), "ma")
-        draw.text((x, y + 32 * u), f"{shot.text} + {shot.video}", MUTED, small, "ma")
+        draw.text((below, under + 10 * u), name, mix(shot_colour(name), INK, 0.35), font(round(18 * u)), "ma")
+        draw.text((below, under + 32 * u), sizes, MUTED, small, "ma")

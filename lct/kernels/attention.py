@@ -44,6 +44,9 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+torch.library.register_autograd("lct::attention_backward", select.once)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, table, key_table, host_table, host_key_table, scale, deterministic, impl):
@@ -80,6 +83,7 @@ def attention(
     impl           "auto" or a name in `select.ATTENTION`; one that cannot run raises with its reasons
 
     Returns out [S, A, D] in q's dtype. Rows that see nothing get out 0 and lse −inf. Rows nobody sees are never read.
+    Differentiable once, backward; asking for more raises what autograd says of it.
     Raises ValueError or TypeError where shapes, dtypes, devices and plan do not agree. Defined by
     `reference.attention_forward`.
     """
@@ -90,11 +94,8 @@ def attention(
     _check(q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name = select.choose(select.ATTENTION, impl, q, k, v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
-        out, lse = _Attention.apply(q, k, v, *tables, scale, deterministic, name)
-    else:
-        out, lse = torch.ops.lct.attention_forward(q, k, v, plan.table, plan.host_table, scale, name)
+    tables = plan.table, plan.key_table, plan.host_table, plan.host_key_table
+    out, lse = _Attention.apply(q, k, v, *tables, scale, deterministic, name)
     return (out, lse) if return_lse else out
 
 
@@ -118,7 +119,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
     if k.shape[0] != plan.k_rows:
         raise ValueError(f"k: the plan has {plan.k_rows} key rows, got {k.shape[0]}")
-    if q.shape[2] == 0 or k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if 0 in q.shape[1:] or k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"k: expected head_dim {q.shape[2]} and heads that divide {q.shape[1]}, got {tuple(k.shape[1:])}"
         )

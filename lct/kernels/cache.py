@@ -135,7 +135,7 @@ def _check_rows(name: str, rows: KVRows, like: Tensor, count: int, anywhere: boo
             raise TypeError(f"{name} {part}: expected the dtype of what is stored, {like.dtype}, got {x.dtype}")
         if x.device != like.device and not (anywhere and x.device.type == "cpu"):
             raise ValueError(f"{name} {part}: expected {like.device}, got {x.device}")
-    if len(rows.keys) != len(rows.values) or rows.keys is rows.values:
+    if len(rows.keys) != len(rows.values) or _overlap(rows.keys, rows.values):
         raise ValueError(
             f"{name} values: expected another tensor of {len(rows.keys)} rows, got {len(rows.values)} rows"
         )
@@ -151,6 +151,15 @@ def _check_rows(name: str, rows: KVRows, like: Tensor, count: int, anywhere: boo
         )
 
 
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory; of compiled ones only whether they are one."""
+    if a is b or torch.compiler.is_compiling() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return a is b
+    steps = [sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) for x in (a, b)]
+    ends = [x.data_ptr() + x.element_size() * (1 + step) for x, step in zip((a, b), steps, strict=True)]
+    return a.numel() > 0 and b.numel() > 0 and a.data_ptr() < ends[1] and b.data_ptr() < ends[0]
+
+
 def _check_apart(cache: KVRows, pool: KVRows) -> None:
-    if any(a is b for a in (cache.keys, cache.values) for b in (pool.keys, pool.values)):
+    if any(_overlap(a, b) for a in (cache.keys, cache.values) for b in (pool.keys, pool.values)):
         raise ValueError("pool: expected tensors of its own, got one of the cache's")

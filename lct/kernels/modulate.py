@@ -60,6 +60,10 @@ def _gated_backward_fake(dout, branch, gate, starts, impl):
     return branch.new_empty(branch.shape), gate.new_empty(gate.shape)
 
 
+for _name in ("modulate", "gated"):
+    torch.library.register_autograd(f"lct::{_name}_backward", select.once)
+
+
 class _Modulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, starts, impl):

@@ -82,6 +82,9 @@ def _join_backward_fake(dq, dk, dv, text_qkv, video_qkv, tqn, tkn, vqn, vkn, *re
     return tuple(x.new_empty(x.shape) for x in (text_qkv, video_qkv, tqn, tkn, vqn, vkn))
 
 
+torch.library.register_autograd("lct::norm_rope_join_backward", select.once)
+
+
 class _NormRopeJoin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text_qkv, video_qkv, tqn, tkn, vqn, vkn, text_rows, video_rows, positions, *options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,8 @@ def validated(device: torch.device, dtype: torch.dtype) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, host_table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`attention_forward` over a plan's table; every implementation has this function and `backward`."""
-    return attention_forward(q, k, v, read_table(host_table), scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return attention_forward(q, k, v, read_table(host_table), scale)
 
 
 def backward(
@@ -50,7 +52,8 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_backward` over a plan's tables. Runs add up in one fixed order: deterministic whether asked or not."""
-    return attention_backward(dout, dlse, q, k, v, out, lse, read_table(host_table), scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return attention_backward(dout, dlse, q, k, v, out, lse, read_table(host_table), scale)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scale: float) -> tuple[Tensor, Tensor]:
@@ -69,7 +72,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scal
             lses.append(q.new_full((q.shape[1], len(rows)), -torch.inf, dtype=wide))
             continue
         keys, values = _visible(k, run, q.shape[1]), _visible(v, run, q.shape[1])
-        scores = torch.einsum("sad,tad->ast", rows, keys).to(wide) * scale
+        scores = _scores(rows, keys, scale, wide)
         lse = torch.logsumexp(scores, dim=-1)
         # Not exp(scores − lse), which sums to T instead of 1 where log T is below the rounding of lse.
         probabilities = scores.softmax(-1)
@@ -103,7 +106,7 @@ def attention_backward(
             continue
         rows = slice(run.start, run.end)
         keys, values = _visible(k, run, q.shape[1]), _visible(v, run, q.shape[1])
-        scores = torch.einsum("sad,tad->ast", q[rows], keys).to(wide) * scale
+        scores = _scores(q[rows], keys, scale, wide)
         probabilities = scores.softmax(-1)
         dp = torch.einsum("sad,tad->ast", dout[rows], values).to(wide)
         ds = (probabilities * (dp - delta[:, rows, None]) * scale).to(q.dtype)
@@ -113,6 +116,12 @@ def attention_backward(
         _add_visible(dk, run, dkeys)
         _add_visible(dv, run, dvalues.sum(2, dtype=wide))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, wide: torch.dtype) -> Tensor:
+    """scale · q kᵀ. A power of two in the scale goes first, which rounds nothing: fp16 ends at 65,504."""
+    first = min(1.0, 2.0 ** math.frexp(scale)[1]) if scale else 1.0
+    return torch.einsum("sad,tad->ast", q * first, k).to(wide) * (scale / first)
 
 
 def _visible(rows: Tensor, run: Run, heads: int) -> Tensor:

@@ -33,7 +33,7 @@ def shift_time(u: Tensor, shift: Tensor | float) -> Tensor:
 
 def shot_shift(shift: float, video_rows: int, reference_rows: int = 0) -> float:
     """The shift of one shot: constant, or growing with the square root of its size where `reference_rows` is given."""
-    return shift * (video_rows / reference_rows) ** 0.5 if reference_rows else shift
+    return shift * (max(video_rows, 1) / reference_rows) ** 0.5 if reference_rows else shift
 
 
 def shot_losses(velocity: Tensor, target: Tensor, shot: Tensor, shots: int, counts: Tensor | None = None) -> Tensor:

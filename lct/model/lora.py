@@ -36,13 +36,13 @@ def add_lora(model: nn.Module, rank: int, targets: Sequence[str] = TARGETS, seed
     return [name for name, _ in found]
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Make every low-rank change a part of its weight."""
+def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Make every low-rank change a part of its weight, in this dtype, the weight's own by default."""
     with torch.no_grad():
         for _, layer in _products(model):
             if layer.down is not None and layer.up is not None:
                 wide = layer.weight.to(layer.up.dtype) + layer.up @ layer.down
-                layer.weight.copy_(wide.to(layer.weight.dtype))
+                layer.weight.data = wide.to(dtype or layer.weight.dtype)
                 layer.down = layer.up = None
 
 

@@ -64,6 +64,8 @@ class HistoryPool(Stored):
         """
         if len(rows) != self.scenes:
             raise ValueError(f"rows: expected one number for each of {self.scenes} scenes, got {len(rows)}")
+        if any(count < 0 for count in (*rows, *(beside or ()))):
+            raise ValueError(f"rows, beside: expected numbers of at least 0, got {list(rows)} and {beside}")
         new = []
         for b, (shots, count, more) in enumerate(zip(self.shots, rows, beside or [0] * self.scenes, strict=True)):
             first = shots[-1].stop if shots else b * self.capacity

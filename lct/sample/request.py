@@ -62,6 +62,10 @@ class SceneRequest:
     global_prompt: str | None
     shots: tuple[ShotRequest, ...]
 
+    def __post_init__(self):
+        if not self.shots:
+            raise ValueError("shots: expected at least one, got none")
+
     @property
     def prompts(self) -> list[str]:
         """All that a text encoder is asked for, the null prompt as well."""
@@ -149,8 +153,12 @@ class Sampling:
         return 0.0 if request.given is not None else self.history_times[min(age, len(self.history_times) - 1)]
 
     def compute_dtype(self, model: MMDiT) -> torch.dtype:
-        """dtype of a forward pass."""
-        return model.video_out.weight.dtype if self.dtype is None else getattr(torch, self.dtype)
+        """dtype of a forward pass; ValueError where fp64 meets weights of less."""
+        own = model.video_out.weight.dtype
+        asked = own if self.dtype is None else getattr(torch, self.dtype)
+        if statistics_dtype(asked) != statistics_dtype(own):
+            raise ValueError(f"dtype: expected float64 with weights in float64 alone, got {asked} and weights in {own}")
+        return asked
 
     def times(self, shots: Sequence[Shot]) -> Iterator[Times]:
         """(t now, t next) of each shot, step by step: one u for all of them, each mapped through its own shift."""

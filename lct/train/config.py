@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from lct.layout import VISIBILITIES
-from lct.model.config import COMPUTE_DTYPES, FAMILIES, ModelConfig
+from lct.model.config import FAMILIES, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ class TrainConfig:
     warmup: int
     """Steps of linear warm-up."""
     lr_end: float
-    """Where the linear decay of the learning rate ends, as a part of `lr`."""
+    """Where the linear decay of the learning rate would be after the last step, as a part of `lr`."""
     betas: tuple[float, float]
     weight_decay: float
     clip: float
     """Largest norm of the gradient."""
     ema: float
-    """Decay of the moving average of the weights; decay^steps of it are the weights that the stage began with."""
+    """Decay of the moving average of the weights, which begins with those after the first step; decay^(steps − 1) of it
+    are these."""
     time_mean: float
     time_std: float
     """Training times are sigmoid(N(mean, std²)), one for each shot (§ 3.4)."""
@@ -88,7 +89,8 @@ class TrainConfig:
     it begins exactly as a model that does not rotate text."""
     text_scale_steps: int = 0
     batch_rows: int = 0
-    """Rows that the global batch holds: scenes are drawn while they fit, one at least; 0: `scenes` of them."""
+    """Rows of the global batch: scenes are drawn until there are as many, the last one whole, since to leave out what
+    does not fit would leave out long scenes; 0: `scenes` of them."""
     lora: int = 0
     """Rank of low-rank changes that alone are trained, beside the frozen weights of `init`; 0 trains all weights."""
     init_digest: Annotated[str | None, tyro.conf.Suppress] = None
@@ -112,11 +114,21 @@ class TrainConfig:
             )
         if self.text_scale_steps > self.steps:
             raise ValueError(f"text_scale_steps: expected at most {self.steps} steps, got {self.text_scale_steps}")
-        if self.compute_dtype not in COMPUTE_DTYPES or self.compute_dtype == "float16":
+        if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
-                f"compute_dtype: expected one of {[d for d in COMPUTE_DTYPES if d != 'float16']}, got "
-                f"{self.compute_dtype!r}; gradients in float16 would need a scale, bfloat16 needs none"
+                f"compute_dtype: expected float32 or bfloat16, got {self.compute_dtype!r}; gradients in float16 would "
+                "need a scale, and weights are float32"
             )
+        for name in ("warmup", "lr_end", "weight_decay", "shift_rows", "text_scale", "text_scale_start"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+        if not abs(self.time_mean) < float("inf"):
+            raise ValueError(f"time_mean: expected a number, got {self.time_mean}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer of 63 bits, 0 or more, got {self.seed}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers of at least 0 and below 1, got {self.betas}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
         if not 0 <= self.ema < 1:
@@ -132,7 +144,9 @@ class TrainConfig:
                 raise ValueError(f"data.{name}: expected 0 to 1, got {getattr(data, name)}")
         if data.shots < 1:
             raise ValueError(f"data.shots: expected at least 1, got {data.shots}")
-        if min(data.mixture.values()) < 0 or sum(data.mixture.values()) <= 0:
+        if data.shots == 1 and data.cut + data.no_cut > 0:
+            raise ValueError("data.shots: expected at least 2 for scenes, got 1; or set data.cut and data.no_cut to 0")
+        if not all(0 <= share < float("inf") for share in data.mixture.values()) or not sum(data.mixture.values()):
             raise ValueError(f"data: expected shares of at least 0 and one above it, got {data.mixture}")
 
     def text_scale_at(self, step: int) -> float:

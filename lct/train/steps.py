@@ -61,8 +61,6 @@ class Steps(Steppable):
             )
             counted = scene_shots(scene.sample, self._length, c.model.patch, c.model.cross)
             rows += sum(shot.rows for shot in counted)
-            if c.batch_rows and drawn and rows > c.batch_rows:
-                break
             drawn.append(scene)
             shots.append(counted)
         return drawn, shots

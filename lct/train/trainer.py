@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lct.data.atomic import new_file
 from lct.data.batch import Batch, Dataset
 from lct.data.folder import SceneFolder, StoredScenes
 from lct.data.shards import SceneShards, is_packed
 from lct.data.stored import Damaged
 from lct.data.toy import ToyScenes
+from lct.kernels.select import Choice
 from lct.layout import Geometry
 from lct.model.cost import peak_flops
 from lct.model.families import build
@@ -73,7 +75,9 @@ def dataset(config: TrainConfig, skip: bool = False) -> Dataset:
         return ToyScenes(data.toy, max_shots=max(2, data.shots))
     kind = SceneShards if is_packed(data.source) else SceneFolder
     scenes = kind(data.source, max_shots=max(2, data.shots), skip=skip)
-    scenes.check([kind for kind, share in data.mixture.items() if share > 0], config.model.patch)
+    scenes.check(
+        [kind for kind, share in data.mixture.items() if share > 0], config.model.patch, config.model.latent_channels
+    )
     return scenes
 
 
@@ -125,6 +129,7 @@ class Trainer:
         sampler: Sampler | None = None,
         processes: Processes | None = None,
     ):
+        Choice.of(impl)  # says what is wrong with it
         self.processes = processes or Processes(execution, device)
         config = self.processes.once(lambda: settled(config))
         self.config, self.out, self.impl, self.execution, self.sampler = config, Path(out), impl, execution, sampler
@@ -264,6 +269,7 @@ class Trainer:
         if self.saved is None and self.processes.once(lambda: bool(checkpoints(self.out))):
             self._unresumed = True
         self._check_resumed()
+        self.processes.once(self._check_writable)
         log = Log(self.out, self.execution.tensorboard) if self.processes.first else None
         data = reading(self.steps, self.step, self.config.steps, self.execution.workers)
         try:
@@ -315,6 +321,11 @@ class Trainer:
             raise Stopped(self.interrupts.number or signal.SIGTERM, self.step, time.monotonic() - began)
         return end
 
+    def _check_writable(self) -> None:
+        with new_file(self.out / ".written") as probe:
+            probe.touch()
+        (self.out / ".written").unlink()
+
     def _save_if_due(self, now: bool = False) -> None:
         step = self.step
         due = now or step >= self.config.steps or (step > 0 and step % self.config.save_every == 0)
@@ -324,8 +335,8 @@ class Trainer:
     def _check_streak(self) -> None:
         if self._in_a_row >= MOST_SKIPPED:
             raise FloatingPointError(
-                f"{self._in_a_row} steps up to {self.step} had a loss or gradient that was not finite, and changed "
-                "nothing; lower lr, or look into the data"
+                f"{self._in_a_row} steps up to {self.step} had a loss or gradient that was not finite, or no scene "
+                "that can be read, and changed nothing; lower lr, or look into the data"
             )
 
     def _kept(self) -> str:

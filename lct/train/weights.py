@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,12 @@ def save_weights(
                 weight = (weight.float() / scale).round()
             small = torch.float16 if dtype == torch.int8 and weight.ndim < 2 else dtype
             shared[name] = weight.to(small).contiguous()
-        save_file(shared, temporary, metadata={"config": json.dumps(asdict(config))})
+            if not shared[name].isfinite().all() and weight.isfinite().all():
+                raise ValueError(f"{file}: weight {name} has values beyond what {small} holds; nothing was written")
+        try:
+            save_file(shared, temporary, metadata={"config": json.dumps(asdict(config))})
+        except SafetensorError as error:
+            raise OSError(f"{file}: could not be written ({error})") from None
         temporary.chmod(0o644)  # safetensors writes files for their owner alone
 
 
@@ -122,7 +127,8 @@ def load_model(
     base   where the weights lie that low-rank changes were trained beside and are merged into, of the first stage where
            there were several; None: where they lay then
     dtype  in which streams will be computed, such as "bfloat16": where it is a half precision, weights that products
-           would cast to it anyway are kept in it. All others are fp32, those of diffusers as they lie
+           would cast to it anyway are kept in it. All others are fp32, those of diffusers as they lie, where low-rank
+           changes are merged into them too, which rounds small ones, unless the dtype is "float32"
 
     ValueError where `base` has other weights than the changes were trained beside.
     """
@@ -134,7 +140,7 @@ def load_model(
     if config.lora:
         model = starting_model(config, device, base)
         assign_weights(trained(model), weights, path)
-        merge_lora(model)
+        merge_lora(model, torch.float32 if dtype == "float32" else None)
         for name in model.stream_weights() if half else ():  # now, because they were merged in their own precision
             weight = model.get_parameter(name)
             weight.data = weight.data.to(half)
@@ -153,13 +159,18 @@ def starting_model(
     if init is not None and is_diffusers(init):
         model = load(init, device, None if config.lora else torch.float32).train().requires_grad_(True)
     elif init is not None and (config.lora or config_of(init).lora):
-        model = load_model(init, device, base)[0].train()
+        # changes beside changes: what those stand on keeps its precision, 4 bytes a weight would be too many
+        model = load_model(init, device, base, None if config.lora else "float32")[0].train()
         model = model if config.lora else model.float().requires_grad_(True)
     elif init is not None:
         model = _with_weights(config.model, load_weights(init)[0], init, device)
     else:
         torch.manual_seed(config.seed)
         model = build(config.model).to(device)
+    for field in fields(config.model):
+        own, asked = (getattr(c, field.name) for c in (model.config, config.model))
+        if own != asked:
+            raise ValueError(f"model.{field.name}: expected {own}, what the weights of {init} have, got {asked}")
     if config.lora:
         add_lora(model, config.lora, seed=config.seed)
     return model

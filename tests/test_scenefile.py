@@ -345,7 +345,7 @@ def test_scenes_that_mix_cuts_and_segments_belong_to_neither_kind(tmp_path):
         folder.sample("cut", rng)
     assert len({shot.prompt for shot in folder.sample("no_cut", rng).shots}) == 1  # one shot, divided
     with pytest.warns(UserWarning, match="1 scenes have shots with and without a cut"):
-        folder.check(["single"], (1, 1, 1))
+        folder.check(["single"], (1, 1, 1), 3)
 
 
 def test_latents_of_a_vae_are_never_divided(tmp_path):
@@ -356,7 +356,7 @@ def test_latents_of_a_vae_are_never_divided(tmp_path):
     rng = np.random.default_rng(0)
     assert len(SceneFolder(tmp_path / "pixel").sample("no_cut", rng).shots) == 2
     with pytest.raises(ValueError, match="expected a scene of 2 shots without cuts.* got none"):
-        SceneFolder(tmp_path / "wan").check(["no_cut"], (1, 1, 1))
+        SceneFolder(tmp_path / "wan").check(["no_cut"], (1, 1, 1), 3)
 
 
 def test_a_sample_is_a_function_of_the_generator(tmp_path):

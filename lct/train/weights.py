@@ -168,7 +168,7 @@ def starting_model(
         torch.manual_seed(config.seed)
         model = build(config.model).to(device)
     for field in fields(config.model):
-        own, asked = (getattr(c, field.name) for c in (model.config, config.model))
+        own, asked = (getattr(c, field.name, None) for c in (model.config, config.model))
         if own != asked:
             raise ValueError(f"model.{field.name}: expected {own}, what the weights of {init} have, got {asked}")
     if config.lora:

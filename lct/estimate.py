@@ -20,7 +20,7 @@ from lct.model.families import build
 from lct.model.lora import add_lora
 from lct.train.execution import Execution
 from lct.train.lengths import imbalances
-from lct.train.processes import recomputed
+from lct.train.processes import check_heads, recomputed
 
 CARDS = {"1 × H200, 141 GB": (1, 141e9), "8 × H800, 80 GB": (8, 80e9)}
 PEAK = PEAKS["H800"] * 1e12  # FLOP/s of such a card
@@ -205,10 +205,8 @@ def print_estimate(
         raise ValueError(f"tflops: expected a rate above 0, got {tflops}")
     if balance < 0 or pass_rows < 0:
         raise ValueError(f"balance, pass_rows: expected 0 or more, got {balance} and {pass_rows}")
-    heads, context = preset(name).heads, 1 if mesh is None else mesh.context
-    if heads % context:
-        raise ValueError(f"context: expected a divisor of {heads} heads, got {context}")
     mesh = mesh or Mesh()
+    check_heads(preset(name), mesh.context)
     e, rate, console = estimate(name, layout, lora), tflops * 1e12, Console()
     what = f"rank {lora}, {e['trained'] / 1e6:.1f} M parameters" if lora else "all weights"
     state = (

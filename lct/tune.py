@@ -34,16 +34,10 @@ class TrainCommand:
         from lct.train.interrupts import Stopped
         from lct.train.processes import Processes
         from lct.train.trainer import Trainer
-        from lct.train.weights import config_of, load_weights, save_weights
+        from lct.train.weights import load_weights, save_weights
 
-        if self.share is not None and self.share.suffix != ".safetensors":
-            raise ValueError(f"share: expected a name that ends in .safetensors, got {self.share}")
         if self.share is not None:
-            folder = next(path for path in self.share.absolute().parents if path.exists())
-            if self.share.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-                raise ValueError(f"share: expected a file that can be written, got {self.share}; name another")
-        if self.share is not None and self.config.lora and config_of(str(self.config.init)).lora:
-            raise ValueError("share: the changes of two stages do not fit one file; share the folders of both runs")
+            self._check_share(self.share)
         config, out = self.config, self.out or Path("runs") / self.config.name
         processes = Processes(self.execution, self.device)
         # its text encoders come and go before the model, so that they need not fit beside it
@@ -68,6 +62,17 @@ class TrainCommand:
         if self.share is not None and first:
             save_weights(self.share, *load_weights(folder))
             print(self.share)
+
+    def _check_share(self, file: Path) -> None:
+        from lct.train.weights import config_of
+
+        if file.suffix != ".safetensors":
+            raise ValueError(f"share: expected a name that ends in .safetensors, got {file}")
+        folder = next(path for path in file.absolute().parents if path.exists())
+        if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"share: expected a file that can be written, got {file}; name another")
+        if self.config.lora and config_of(str(self.config.init)).lora:
+            raise ValueError("share: the changes of two stages do not fit one file; share the folders of both runs")
 
     def _sampler(self, scene: Path, out: Path, processes: Any):
         """Generates a scene into OUT/samples, on the first process, and on the others with it."""

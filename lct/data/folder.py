@@ -179,12 +179,14 @@ def whole_files(root: Path, name: str) -> list[Path]:
     which its writer did not finish."""
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
-        above = {path.resolve() for path in (Path(folder), *Path(folder).parents)}
-        whole = [Path(folder) / f for f in folders if f[0] != "."]
-        # a link to what it lies in would have no end
-        folders[:] = [path.name for path in whole if not (path.is_symlink() and path.resolve() in above)]
+        folders[:] = [f for f in folders if f[0] != "." and not _goes_back(Path(folder) / f)]
         found += [Path(folder) / name] if name in files else []
     return sorted(found)
+
+
+def _goes_back(path: Path) -> bool:
+    """Whether it is a link to what it lies in, which would have no end."""
+    return path.is_symlink() and path.resolve() in {above.resolve() for above in path.parents}
 
 
 def scene_folders(root: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from lct.data.atomic import check_vacant, new_folder
 from lct.data.events import Span, colours, select_long
 from lct.data.latents import Codec, PixelCodec
 from lct.data.scenefile import MAX_SHOTS, GlobalPrompt, SceneFile, ShotEntry, write_scene
-from lct.data.video import iterate_video, read_video, spread, video_package
+from lct.data.video import Stills, read_video, spread, video_package
 
 THUMBNAIL = 160
 # On real film the weakest cut changes 3.1 times as much as the frames around it, the strongest camera motion 1.8 times;
@@ -224,19 +224,10 @@ def encode_shots(
     path: str | Path, shots: list[ShotFrames], codec: Codec, side: int, multiple: int
 ) -> Iterator[tuple[ShotFrames, np.ndarray, np.ndarray]]:
     """Yield every shot with its video latents [T, H, W, C] and image latents [K, H, W, C], decoding the film once."""
-    film = enumerate(iterate_video(path, resize=lambda height, width: fit(height, width, side, multiple)))
+    stills = Stills(resize=lambda height, width: fit(height, width, side, multiple))
     for shot in shots:
-        wanted = {*shot.video, *shot.images}
-        frames = {}
-        for i, frame in film:
-            if i in wanted:
-                frames[i] = frame
-            if i == shot.span[1] - 1:
-                break
-        if wanted - frames.keys():
-            raise ValueError(
-                f"{path}: expected a frame {min(wanted - frames.keys())}, the film ends before; is it another film?"
-            )
+        wanted = sorted({*shot.video, *shot.images})
+        frames = dict(zip(wanted, stills.of(path, wanted), strict=True))
         video = codec.encode(np.stack([frames[i] for i in shot.video]))
         images = codec.encode_images(np.stack([frames[i] for i in shot.images]))
         yield shot, video.numpy(), images.numpy()

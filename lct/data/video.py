@@ -51,7 +51,7 @@ def read_video(
     with _opened(path, max_pixels) as (container, stream):
         frames: list[np.ndarray] = []
         limit = max_frames
-        for frame in _pictures(path, container, stream, resize):
+        for frame in (picture.upright(resize) for picture in _decoded(path, container, stream)):
             limit = max(MAX_BYTES // frame.nbytes, 1) if limit is None else limit
             if len(frames) == limit:
                 raise ValueError(
@@ -66,8 +66,8 @@ def iterate_video(
     path: str | Path, *, max_pixels: int = MAX_PIXELS, resize: Resize | None = None
 ) -> Iterator[np.ndarray]:
     """Yield the frames of `read_video` one by one, uint8 [H, W, 3], for films that memory does not hold."""
-    with _opened(path, max_pixels) as (container, stream):
-        yield from _pictures(path, container, stream, resize)
+    for picture in _film(path, max_pixels):
+        yield picture.upright(resize)
 
 
 class Stills:
@@ -80,7 +80,7 @@ class Stills:
     def __init__(self, max_pixels: int = MAX_PIXELS, resize: Resize | None = None):
         self.max_pixels, self.resize = max_pixels, resize
         self._path: Path | None = None
-        self._frames: Iterator[Any] = iter(())
+        self._frames: Iterator[_Picture] = iter(())
         self._next = 0
 
     def of(self, path: str | Path, numbers: Iterable[int]) -> list[np.ndarray]:
@@ -88,7 +88,7 @@ class Stills:
         found = []
         for number in numbers:
             if Path(path) != self._path or number < self._next:
-                self._path, self._frames, self._next = Path(path), self._decoded(Path(path)), 0
+                self._path, self._frames, self._next = Path(path), _film(path, self.max_pixels), 0
             picture = next(islice(self._frames, number - self._next, None), None)
             if picture is None:
                 self._path = None
@@ -96,10 +96,6 @@ class Stills:
             found.append(picture.upright(self.resize))
             self._next = number + 1
         return found
-
-    def _decoded(self, path: Path) -> Iterator[_Picture]:
-        with _opened(path, self.max_pixels) as (container, stream):
-            yield from _decoded(path, container, stream)
 
 
 def spread(span: tuple[int, int], count: int) -> list[int]:
@@ -219,9 +215,9 @@ class _Picture(NamedTuple):
         return np.ascontiguousarray(np.rot90(picture, self.turns))
 
 
-def _pictures(path: str | Path, container: Any, stream: Any, resize: Resize | None) -> Iterator[np.ndarray]:
-    for picture in _decoded(path, container, stream):
-        yield picture.upright(resize)
+def _film(path: str | Path, max_pixels: int) -> Iterator[_Picture]:
+    with _opened(path, max_pixels) as (container, stream):
+        yield from _decoded(path, container, stream)
 
 
 def _decoded(path: str | Path, container: Any, stream: Any) -> Iterator[_Picture]:

@@ -32,7 +32,7 @@ from lct.direct.media import encoded
 from lct.draw import contact_sheet
 from lct.kernels.select import unvalidated
 from lct.model.config import Memory
-from lct.pretrained.pipeline import Pipeline
+from lct.pretrained.pipeline import Pipeline, pipeline_of
 from lct.sample import Sampling, SceneRequest, ShotRequest, autoregressive, joint
 from lct.sample.files import codec_of, rate_of, request_of
 from lct.sample.select import CONTEXT, choose
@@ -495,7 +495,7 @@ class Studio:
     def _pipeline(self, settings: Settings) -> Pipeline | None:
         """The parts of a pipeline that the settings name, loaded as they are asked for."""
         if settings.pipeline is not None and (self._parts is None or self._parts.folder != Path(settings.pipeline)):
-            self._parts = Pipeline(settings.pipeline, self.device, getattr(torch, settings.dtype or "float32"))
+            self._parts = pipeline_of(Path(settings.pipeline), self.device, settings.dtype)
         return None if settings.pipeline is None else self._parts
 
     def _codec(self, board: Board) -> Codec:

@@ -101,15 +101,18 @@ def _fill(draw: ImageDraw.ImageDraw, x0: float, y0: float, x1: float, y1: float,
 def _draw_separators(draw: ImageDraw.ImageDraw, grid: MaskGrid, layout: SceneLayout, u: float) -> None:
     scenes, shots = layout.first_shots[1:], grid.edges[::2]
     whole = [*(shots[first] for first in layout.first_shots), shots[-1]]
-    thicks = {  # lines would hide what they part
-        kind: thick if np.median(np.diff(edges)) >= 4 * thick else int(np.median(np.diff(edges)) >= 8)
-        for kind, edges, thick in ((False, shots, 1), (True, whole, max(2, round(3 * u))))
-    }
+    light, heavy = _thickness(shots, 1), _thickness(whole, max(2, round(3 * u)))
     for shot in sorted(range(1, len(layout.shots)), key=lambda shot: shot in scenes):  # heavy lines over light ones
-        thick, colour = thicks[shot in scenes], INK if shot in scenes else PAPER
+        thick, colour = (heavy, INK) if shot in scenes else (light, PAPER)
         at = grid.edges[2 * shot] - thick // 2
         for x, y, w, h in ((at, 0, thick, grid.side), (0, at, grid.side, thick)):
             _fill(draw, grid.left + x, grid.top + y, grid.left + x + w, grid.top + y + h, colour)
+
+
+def _thickness(edges: Sequence[float], most: int) -> int:
+    """Of lines between the parts of an axis: at most this, and none where lines would hide what they part."""
+    usual = np.median(np.diff(edges))
+    return most if usual >= 4 * most else int(usual >= 8)
 
 
 def _draw_axis(draw: ImageDraw.ImageDraw, grid: MaskGrid, layout: SceneLayout, u: float, vertical: bool) -> None:
@@ -133,9 +136,7 @@ def _draw_axis(draw: ImageDraw.ImageDraw, grid: MaskGrid, layout: SceneLayout, u
     starts, ends = grid.edges[:-1:2], grid.edges[2::2]
     centres = [(a + b) / 2 for a, b in zip(starts, ends, strict=True)]
     width = (lambda _: 22 * u) if vertical else (lambda name: normal.getlength(name) + 8 * u)
-    labels = _fitting(names, grid.side, width)
-    placed = _spread([centres[i] for i, _, _ in labels], [width for _, _, width in labels], -20 * u, grid.side + 30 * u)
-    for (i, label, _), at in zip(labels, placed, strict=True):
+    for i, label, at in _placed(names, centres, grid.side, width, u):
         colour = mix(shot_colour(names[i]), INK, 0.35)
         if not starts[i] <= at <= ends[i]:
             draw.line((*page(centres[i], 14 * u), *page(at, (58 if vertical else 36) * u)), RULE, max(1, round(u)))
@@ -147,10 +148,17 @@ def _draw_axis(draw: ImageDraw.ImageDraw, grid: MaskGrid, layout: SceneLayout, u
         for start, end in pairwise(ends):
             box(start + 2 * u, end - 2 * u, far, far + 2 * u, INK)
         names = [f"scene {scene + 1}" for scene in range(len(centres))]
-        labels = _fitting(names, grid.side, width)
-        placed = _spread([centres[i] for i, _, _ in labels], [w for _, _, w in labels], -20 * u, grid.side + 30 * u)
-        for (_, label, _), at in zip(labels, placed, strict=True):
+        for _, label, at in _placed(names, centres, grid.side, width, u):
             draw.text(page(at, far + 9 * u), label, INK, normal, anchor)
+
+
+def _placed(
+    names: Sequence[str], centres: Sequence[float], side: float, width: Callable[[str], float], u: float
+) -> list[tuple[int, str, float]]:
+    """(index, label, place) of the labels that fit, near what they name and beside one another."""
+    labels = _fitting(names, side, width)
+    placed = _spread([centres[i] for i, _, _ in labels], [wide for _, _, wide in labels], -20 * u, side + 30 * u)
+    return [(i, label, at) for (i, label, _), at in zip(labels, placed, strict=True)]
 
 
 def _fitting(names: Sequence[str], side: float, width: Callable[[str], float]) -> list[tuple[int, str, float]]:

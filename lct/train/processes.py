@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lct.layout import Geometry
+from lct.model.config import ModelConfig
 from lct.model.mmdit import MMDiT
 from lct.model.shared import share_rows
 from lct.train.execution import Execution
@@ -28,6 +29,14 @@ from lct.train.weights import available
 
 PATIENCE = timedelta(minutes=30)  # with which processes wait for one another while they work
 FAREWELL = 20.0  # seconds, and when one has come to its end
+
+
+def check_heads(config: ModelConfig, context: int) -> None:
+    """ValueError where so many processes cannot share a scene's rows: each has its part of the heads by turns."""
+    if config.heads % context or config.kv_heads % context:
+        raise ValueError(
+            f"context: expected a divisor of {config.heads} heads and {config.kv_heads} key heads, got {context}"
+        )
 
 
 class Processes:
@@ -146,11 +155,8 @@ class Processes:
 
         dtype  of the streams: on GPUs gathered weights have it, and gradients are summed in fp32
         """
-        e, c = self.execution, model.config
-        if c.heads % e.context or c.kv_heads % e.context:
-            raise ValueError(
-                f"context: expected a divisor of {c.heads} heads and {c.kv_heads} key heads, got {e.context}"
-            )
+        e = self.execution
+        check_heads(model.config, e.context)
         for block in model.blocks:
             recomputed(block, e.recompute)
         if e.compile:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lct.data.atomic import new_file
 from lct.data.batch import Batch, Dataset
 from lct.data.folder import SceneFolder, StoredScenes
 from lct.data.shards import SceneShards, is_packed
@@ -322,9 +322,8 @@ class Trainer:
         return end
 
     def _check_writable(self) -> None:
-        with new_file(self.out / ".written") as probe:
-            probe.touch()
-        (self.out / ".written").unlink()
+        self.out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=self.out).close()
 
     def _save_if_due(self, now: bool = False) -> None:
         step = self.step
